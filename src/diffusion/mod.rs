@@ -1,0 +1,3 @@
+//! Noise schedule, solvers, guidance, keyed noise and the cost meter.
+
+pub mod cost;

@@ -1,0 +1,161 @@
+//! What a caller asks of the engine, and what it gets back. The server's JSON
+//! bodies are these types.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::diffusion::cost::{Budget, Cost, Units};
+
+/// A generation request as a caller writes it: everything but the prompt is
+/// optional and resolved against the model's defaults.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GenerateRequest {
+    pub prompt: String,
+    /// Absent: the checkpoint's null conditioning (zeros or the empty string).
+    #[serde(default)]
+    pub negative_prompt: Option<String>,
+    /// Model id; absent: the first model.
+    #[serde(default)]
+    pub model: Option<String>,
+    #[serde(default)]
+    pub adapter: Option<String>,
+    /// `"best-of-n"` or `{"name": "best-of-n", "kernel": "sde"}`.
+    #[serde(default)]
+    pub method: Option<MethodRequest>,
+    #[serde(default)]
+    pub seed: Option<u64>,
+    #[serde(default)]
+    pub width: Option<u32>,
+    #[serde(default)]
+    pub height: Option<u32>,
+    #[serde(default)]
+    pub steps: Option<u32>,
+    #[serde(default)]
+    pub guidance_scale: Option<f64>,
+    #[serde(default)]
+    pub guidance_rescale: Option<f64>,
+    /// "ddim", "euler", "heun", "dpmpp-2m".
+    #[serde(default)]
+    pub solver: Option<String>,
+    /// Images to return (seeds seed, seed+1, …).
+    #[serde(default)]
+    pub n: Option<u32>,
+    /// The reward that a search maximises.
+    #[serde(default)]
+    pub reward: Option<String>,
+    /// A number (U-Net forwards per image) or `{"f":…, "v":…, "y":…}`.
+    #[serde(default)]
+    pub budget: Option<BudgetRequest>,
+    /// "png" (default), "jpeg", "webp".
+    #[serde(default)]
+    pub output_format: Option<ImageFormat>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum MethodRequest {
+    Name(String),
+    Full {
+        name: String,
+        #[serde(flatten)]
+        params: serde_json::Map<String, Value>,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum BudgetRequest {
+    Forwards(u64),
+    Full(Budget),
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    #[default]
+    Png,
+    Jpeg,
+    Webp,
+}
+
+/// Every effective value of a request, after defaults.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Resolved {
+    pub prompt: String,
+    pub negative_prompt: Option<String>,
+    pub model: String,
+    pub adapter: Option<String>,
+    /// Method name and every parameter, the planned ones (candidates, steps) included.
+    pub method: serde_json::Map<String, Value>,
+    pub seed: u64,
+    pub width: u32,
+    pub height: u32,
+    pub steps: u32,
+    pub guidance_scale: f64,
+    pub guidance_rescale: f64,
+    pub solver: String,
+    pub n: u32,
+    pub reward: Option<String>,
+    /// Per image.
+    pub budget: Budget,
+    pub output_format: ImageFormat,
+}
+
+/// One finished image.
+#[derive(Clone, Debug)]
+pub struct GeneratedImage {
+    pub pixels: image::RgbImage,
+    pub seed: u64,
+    /// Every registered reward; `None` where scoring failed.
+    pub scores: BTreeMap<String, Option<f64>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CostReport {
+    pub planned: Units,
+    pub actual: Cost,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelRef {
+    pub id: String,
+    /// Over the weights files, in name order.
+    pub sha256: String,
+}
+
+#[derive(Clone, Debug)]
+pub struct Generation {
+    pub images: Vec<GeneratedImage>,
+    pub cost: CostReport,
+    pub resolved: Resolved,
+    pub model: ModelRef,
+    /// One entry per decision of the method, see each method.
+    pub trace: Vec<Value>,
+}
+
+/// A model as listed to callers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelInfo {
+    pub id: String,
+    pub sha256: String,
+    pub default_width: u32,
+    pub default_height: u32,
+    pub default_steps: u32,
+    pub default_guidance_scale: f64,
+    pub adapters: Vec<String>,
+    /// Parameters of the U-Net.
+    pub unet_parameters: u64,
+    pub example_prompts: Vec<String>,
+}
+
+/// A method or reward as listed to callers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Listing {
+    pub name: String,
+    pub summary: String,
+    /// JSON-schema-like description of each parameter: name → {type, default, description}.
+    pub params: serde_json::Map<String, Value>,
+}
