@@ -1,1 +1,3 @@
-//! data
+//! Prompts, images with captions, and the scene world.
+
+pub mod scenes;
