@@ -117,13 +117,13 @@ fn damage_of_a_small_autoencoder_flips_no_claims() {
         }),
     ];
     for (name, damage) in kinds {
-        let summary = measure(4, 240, damage);
+        let summary = measure(4, 150, damage);
         row(name, &summary);
         assert!(summary.claim_accuracy() >= 0.98, "{name}: {summary}");
     }
     for wide in [48, 96] {
         let summary =
-            measure(5, 120, |s, r| uniform_noise(&blur(&render(s, wide, size), 0.7), 8.0, r));
+            measure(5, 60, |s, r| uniform_noise(&blur(&render(s, wide, size), 0.7), 8.0, r));
         row(&format!("blur, noise at {wide}x{size}"), &summary);
         assert!(summary.claim_accuracy() >= 0.98, "{wide}: {summary}");
     }
@@ -226,7 +226,7 @@ fn scores_fall_with_damage() {
                 levels: &[f64],
                 damage: &(dyn Fn(&Scene, f64, &mut ChaCha8Rng) -> RgbImage + Sync)| {
         let means: Vec<f64> =
-            levels.iter().map(|&l| measure(7, 60, |s, r| damage(s, l, r)).mean_score()).collect();
+            levels.iter().map(|&l| measure(7, 36, |s, r| damage(s, l, r)).mean_score()).collect();
         println!("{name}: {levels:?} -> {means:.3?}");
         for pair in means.windows(2) {
             assert!(pair[1] <= pair[0] + 0.01, "{name}: {means:?}");
