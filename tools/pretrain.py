@@ -28,10 +28,10 @@ VAE_CONFIG = dict(
     layers_per_block=1, norm_num_groups=8, sample_size=64, force_upcast=False,
 )
 UNET_CONFIG = dict(
-    sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128, 160),
+    sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 96, 128),
     layers_per_block=1, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 1, 2), attention_head_dim=(2, 4, 5), norm_num_groups=16,
+    transformer_layers_per_block=(1, 1, 2), attention_head_dim=(2, 3, 4), norm_num_groups=16,
     cross_attention_dim=192, use_linear_projection=True, addition_embed_type="text_time",
     addition_time_embed_dim=32, projection_class_embeddings_input_dim=128 + 6 * 32,
 )
