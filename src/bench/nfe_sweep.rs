@@ -255,7 +255,7 @@ fn describe(sweep: &Sweep, backend: &dyn Backend) -> Result<String> {
             Arm::Infeasible(reason) => format!("{label} at {budget}: not run: {reason}"),
             Arm::Run { method, request, f, .. } => {
                 let stands_in = if arm.is_fallback() {
-                    format!(" (runs {}: budget below one trajectory)", method.label)
+                    format!(" (runs {}: the budget is too small)", method.label)
                 } else {
                     String::new()
                 };

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::prelude::*;
 use plotters::style::register_font;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -184,7 +185,7 @@ impl Layout {
 
     fn panel<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, panel: &Panel) -> Drawn<DB> {
         let points: Vec<&Point> = panel.curves.iter().flat_map(|c| &c.points).collect();
-        let (x_range, ticks) = cost_axis(points.iter().map(|p| p.f));
+        let cost = CostAxis::over(points.iter().map(|p| p.f));
         let y_range = score_axis(points.iter().flat_map(|p| {
             let (low, high) = p.interval.unwrap_or((p.mean, p.mean));
             [p.mean, low, high]
@@ -196,7 +197,7 @@ impl Layout {
             .caption(&panel.title, self.font(18))
             .x_label_area_size(self.px(46))
             .y_label_area_size(self.px(62))
-            .build_cartesian_2d(x_range.with_key_points(ticks), y_range)?;
+            .build_cartesian_2d(cost, y_range)?;
         chart
             .configure_mesh()
             .light_line_style(TRANSPARENT)
@@ -264,30 +265,56 @@ fn colour(i: usize) -> RGBColor {
     COLOURS[i % COLOURS.len()]
 }
 
-/// The range of log10 costs with its ticks at 1, 2 and 5 times powers of ten,
-/// or at powers of ten alone where those would crowd.
-fn cost_axis(costs: impl Iterator<Item = f64>) -> (std::ops::Range<f64>, Vec<f64>) {
-    let logs = costs.map(f64::log10).filter(|x| x.is_finite());
-    let (low, high) =
-        logs.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), x| (l.min(x), h.max(x)));
-    let (low, high) = if low <= high { (low, high) } else { (2.0, 3.0) };
-    let pad = if high - low < 0.2 { 0.25 } else { 0.05 * (high - low) };
-    let range = low - pad..high + pad;
-    let steps: &[f64] = if high - low <= 2.7 { &[1.0, 2.0, 5.0] } else { &[1.0] };
-    let ticks = (range.start.floor() as i32..=range.end.ceil() as i32)
-        .flat_map(|decade| steps.iter().map(move |s| s.log10() + f64::from(decade)))
-        .filter(|x| range.contains(x))
-        .collect();
-    (range, ticks)
+/// log10 of costs, with ticks at 1, 2 and 5 times powers of ten, or at powers
+/// of ten alone where those would crowd.
+struct CostAxis {
+    range: std::ops::Range<f64>,
+    ticks: Vec<f64>,
+}
+
+impl CostAxis {
+    fn over(costs: impl Iterator<Item = f64>) -> Self {
+        let logs = costs.map(f64::log10).filter(|x| x.is_finite());
+        let (low, high) = bounds(logs).unwrap_or((2.0, 3.0));
+        let pad = if high - low < 0.2 { 0.25 } else { 0.05 * (high - low) };
+        let range = low - pad..high + pad;
+        let steps: &[f64] = if high - low <= 2.7 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+        let ticks = (range.start.floor() as i32..=range.end.ceil() as i32)
+            .flat_map(|decade| steps.iter().map(move |s| s.log10() + f64::from(decade)))
+            .filter(|x| range.contains(x))
+            .collect();
+        Self { range, ticks }
+    }
+}
+
+impl Ranged for CostAxis {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
+        let share = (value - self.range.start) / (self.range.end - self.range.start);
+        limit.0 + (share * f64::from(limit.1 - limit.0)).round() as i32
+    }
+
+    fn key_points<H: KeyPointHint>(&self, hint: H) -> Vec<f64> {
+        if hint.weight().allow_light_points() { Vec::new() } else { self.ticks.clone() }
+    }
+
+    fn range(&self) -> std::ops::Range<f64> {
+        self.range.clone()
+    }
+}
+
+/// The least and greatest of the finite values.
+fn bounds(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
+    values.filter(|v| v.is_finite()).fold(None, |bounds, v| {
+        let (low, high) = bounds.unwrap_or((v, v));
+        Some((low.min(v), high.max(v)))
+    })
 }
 
 fn score_axis(values: impl Iterator<Item = f64>) -> std::ops::Range<f64> {
-    let (low, high) = values
-        .filter(|v| v.is_finite())
-        .fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
-    if low > high {
-        return 0.0..1.0;
-    }
+    let Some((low, high)) = bounds(values) else { return 0.0..1.0 };
     let pad = if high > low { 0.08 * (high - low) } else { 0.05 * high.abs().max(1e-3) };
     low - pad..high + pad
 }
@@ -303,12 +330,12 @@ mod tests {
 
     #[test]
     fn axes_hold_their_values_and_ticks() {
-        let (range, ticks) = cost_axis([100.0, 5000.0].into_iter());
-        assert!(range.contains(&2.0) && range.contains(&5000f64.log10()));
-        let ticks: Vec<f64> = ticks.iter().map(|t| 10f64.powf(*t).round()).collect();
+        let axis = CostAxis::over([100.0, 5000.0].into_iter());
+        assert!(axis.range.contains(&2.0) && axis.range.contains(&5000f64.log10()));
+        let ticks: Vec<f64> = axis.ticks.iter().map(|t| 10f64.powf(*t).round()).collect();
         assert_eq!(ticks, [100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0]);
-        assert!(!cost_axis([100.0].into_iter()).1.is_empty());
-        assert_eq!(cost_axis(std::iter::empty()).1.len(), 4);
+        assert!(!CostAxis::over([100.0].into_iter()).ticks.is_empty());
+        assert_eq!(CostAxis::over(std::iter::empty()).ticks.len(), 4);
         assert_eq!(score_axis(std::iter::empty()), 0.0..1.0);
         let flat = score_axis([0.5].into_iter());
         assert!(flat.start < 0.5 && flat.end > 0.5);

@@ -196,7 +196,10 @@ fn markdown(manifest: &Manifest, summary: &Summary) -> String {
 fn markdown_row(row: &Row, rewards: usize) -> Vec<String> {
     let method = match &row.requested_method {
         Some(requested) => {
-            format!("`{}` (budget below one trajectory of `{requested}`)", row.method)
+            format!(
+                "`{}` (stands in for `{requested}`, which this budget does not pay for)",
+                row.method
+            )
         }
         None => format!("`{}`", row.method),
     };
