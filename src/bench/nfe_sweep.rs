@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use super::arm::{Arm, MethodSpec};
+use super::arm::{Arm, MethodSpec, PLAIN};
 use super::manifest::{Manifest, SweepConfig};
 use super::options::Layer;
 use super::prompts::{self, PromptSpec};
@@ -105,6 +105,12 @@ pub fn configure(args: &Args, backend: &dyn Backend, command: &str) -> Result<Sw
     distinct("seeds", seeds.iter().copied())?;
     if budgets.contains(&0) {
         return Err(Error::invalid("budgets", "must be positive"));
+    }
+    if let Some(reference) = options.reference_budget
+        && !(budgets.contains(&reference) && methods.iter().any(|m| m.label == PLAIN))
+    {
+        let message = format!("plain does not run at {reference} in this sweep");
+        return Err(Error::invalid("reference_budget", message));
     }
     let known = backend.methods();
     for method in &methods {

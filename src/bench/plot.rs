@@ -30,6 +30,13 @@ pub struct Curve {
     pub points: Vec<Point>,
 }
 
+impl Curve {
+    /// The points that have an interval.
+    fn intervals(&self) -> Vec<(&Point, (f64, f64))> {
+        self.points.iter().filter_map(|p| Some((p, p.interval?))).collect()
+    }
+}
+
 /// One reward.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Panel {
@@ -211,26 +218,30 @@ impl Layout {
             .y_label_formatter(&|y| format!("{y:.digits$}"))
             .set_all_tick_mark_size(self.px(4))
             .draw()?;
+        // Bands below bars below lines below markers.
+        let at = |p: &Point, y: f64| (p.f.log10(), y);
         for (i, curve) in panel.curves.iter().enumerate() {
-            let at = |p: &Point, y: f64| (p.f.log10(), y);
-            let with: Vec<(&Point, (f64, f64))> =
-                curve.points.iter().filter_map(|p| Some((p, p.interval?))).collect();
+            let with = curve.intervals();
             if with.len() > 1 {
                 let lows = with.iter().map(|(p, i)| at(p, i.0));
                 let highs = with.iter().rev().map(|(p, i)| at(p, i.1));
                 let band: Vec<(f64, f64)> = lows.chain(highs).collect();
-                chart.draw_series([Polygon::new(band, colour(i).mix(0.14))])?;
+                chart.draw_series([Polygon::new(band, colour(i).mix(0.12))])?;
             }
-            let bar = colour(i).mix(0.8).stroke_width(self.scale);
-            chart.draw_series(with.iter().map(|(p, (low, high))| {
-                ErrorBar::new_vertical(p.f.log10(), *low, p.mean, *high, bar, self.px(7) as u32)
+        }
+        for (i, curve) in panel.curves.iter().enumerate() {
+            let (bar, wide) = (colour(i).mix(0.7).stroke_width(self.scale), self.px(7) as u32);
+            chart.draw_series(curve.intervals().iter().map(|(p, (low, high))| {
+                ErrorBar::new_vertical(p.f.log10(), *low, p.mean, *high, bar, wide)
             }))?;
+        }
+        let (left, top) = area.get_base_pixel();
+        for (i, curve) in panel.curves.iter().enumerate() {
             let line = curve.points.iter().map(|p| at(p, p.mean));
             chart.draw_series(LineSeries::new(line, self.line(i)))?;
             for point in &curve.points {
-                let pixel = chart.backend_coord(&at(point, point.mean));
-                let (left, top) = area.get_base_pixel();
-                self.marker(area, i, (pixel.0 - left, pixel.1 - top))?;
+                let (x, y) = chart.backend_coord(&at(point, point.mean));
+                self.marker(area, i, (x - left, y - top))?;
             }
         }
         Ok(())

@@ -232,7 +232,10 @@ impl Backend for RemoteBackend {
         let (this, token) = (self.clone(), cancel.clone());
         let (send, receive) = mpsc::channel();
         // The request cannot be broken off, but waiting for it can.
-        std::thread::spawn(move || send.send(this.persist(&body, &token)));
+        std::thread::spawn(move || {
+            // Nobody listens any more once the wait was broken off.
+            let _ = send.send(this.persist(&body, &token));
+        });
         loop {
             match receive.recv_timeout(POLL) {
                 Ok(outcome) => {

@@ -268,6 +268,7 @@ fn adapters_and_parameters_reach_the_request() {
         ("--model x", "unknown model 'x'; known: fake"),
         ("--reward x", "unknown reward 'x'; known: clip, judge"),
         ("--reward judge --held-out judge", "judge is the searched reward"),
+        ("--reference-budget 300", "plain does not run at 300"),
         ("--budgets 100,100", "100 is given twice"),
     ] {
         let e = refused(flags);
@@ -369,6 +370,29 @@ fn the_program_runs_on_a_server_with_options_from_all_sources() {
     assert!(cells.iter().all(|c| c.budget == 80 && (c.method == "plain" || c.steps == 25)));
     let (code, _, err) = program(&[], &["sweep-merge", out.to_str().unwrap()]);
     assert_eq!(code, 0, "{err}");
+}
+
+/// A server that never has room keeps the program waiting for its first cell.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_ends_the_program_with_a_way_to_resume() {
+    let bench = Bench::new(1);
+    let (url, out, prompts) = (fake::serve(1000), bench.out("a"), bench.out("prompts.txt"));
+    let child = Command::new(env!("CARGO_BIN_EXE_ds-bench"))
+        .args(["nfe-sweep", "--url", &url, "--out", out.to_str().unwrap()])
+        .args(["--prompts", prompts.to_str().unwrap()])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    while !out.join("cells.jsonl").exists() {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    let err = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{err}");
+    assert!(err.contains("4 cells are left; to resume: ds-bench nfe-sweep --url"), "{err}");
+    assert!(out.join("summary.md").exists());
 }
 
 #[test]
