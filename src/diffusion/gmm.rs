@@ -233,7 +233,8 @@ mod tests {
         assert!((mean - 0.25).abs() < 0.03, "{mean}");
         let ideal = mixture.tilt_linear(&a, lambda);
         let sum: f64 = ideal.weights.iter().sum();
-        let expected: f64 = ideal.weights.iter().zip(&ideal.means).map(|(w, m)| w * m[0] / sum).sum();
+        let expected: f64 =
+            ideal.weights.iter().zip(&ideal.means).map(|(w, m)| w * m[0] / sum).sum();
         assert!((tilted / total - expected).abs() < 0.03, "{} is not {expected}", tilted / total);
     }
 }

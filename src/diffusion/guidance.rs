@@ -128,7 +128,8 @@ mod tests {
     #[test]
     fn rows_of_a_mixed_batch_equal_their_single_runs() -> Result<()> {
         let model = Guided(Linear(Device::Cpu));
-        let conds = [cond(5.0, 0.0)?, cond(1.0, 0.0)?, cond(7.5, 0.7)?, Conditioning::plain(text(3.0)?)];
+        let conds =
+            [cond(5.0, 0.0)?, cond(1.0, 0.0)?, cond(7.5, 0.7)?, Conditioning::plain(text(3.0)?)];
         let x = Tensor::arange(0f32, 24.0, &Device::Cpu)?.reshape((4, 1, 2, 3))?;
         let t = Tensor::new(&[981f32, 1.0, 500.0, 20.0], &Device::Cpu)?;
         let all = model.predict(&x, &t, &conds.iter().collect::<Vec<_>>())?;

@@ -1,6 +1,5 @@
 //! The cost meter, and the metered handles through which methods reach models.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -65,14 +64,6 @@ impl Meter {
         let seconds = start.elapsed().as_secs_f64();
         *self.lock().seconds.entry(stage.to_owned()).or_default() += seconds;
         result
-    }
-
-    /// Adds another meter's reading, such as work shared by several images.
-    pub fn absorb(&self, seconds: &BTreeMap<String, f64>) {
-        let mut cost = self.lock();
-        for (stage, value) in seconds {
-            *cost.seconds.entry(stage.clone()).or_default() += value;
-        }
     }
 }
 

@@ -109,7 +109,10 @@ mod tests {
     fn every_part_of_the_key_matters_and_the_batch_does_not() -> Result<()> {
         let draw = |seed, purpose, step, candidate| -> Result<Vec<f32>> {
             let key = NoiseKey::new(seed);
-            Ok(key.normal(purpose, step, candidate, (2, 3), &Device::Cpu)?.flatten_all()?.to_vec1()?)
+            Ok(key
+                .normal(purpose, step, candidate, (2, 3), &Device::Cpu)?
+                .flatten_all()?
+                .to_vec1()?)
         };
         let base = draw(1, Purpose::SolverNoise, 2, 3)?;
         for other in [

@@ -87,7 +87,8 @@ impl SolverSpec {
     pub fn build(&self, schedule: &NoiseSchedule, steps: usize) -> Result<Arc<dyn Solver>> {
         let range = if self.kind == SolverKind::Ddim { 0.0..=1.0 } else { 0.0..=0.0 };
         if !range.contains(&self.eta) {
-            let message = format!("{} is not possible with solver '{}'", self.eta, self.kind.name());
+            let message =
+                format!("{} is not possible with solver '{}'", self.eta, self.kind.name());
             return Err(Error::invalid("eta", message));
         }
         Ok(match self.kind {

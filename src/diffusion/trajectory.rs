@@ -148,9 +148,8 @@ pub fn noise_rows(
     shape: (usize, usize, usize),
     device: &candle_core::Device,
 ) -> Result<Tensor> {
-    let noise = |row: &Row| {
-        row.key.normal(purpose, step, row.candidate, shape, &candle_core::Device::Cpu)
-    };
+    let noise =
+        |row: &Row| row.key.normal(purpose, step, row.candidate, shape, &candle_core::Device::Cpu);
     let rows = rows.iter().map(noise).collect::<Result<Vec<_>>>()?;
     Ok(Tensor::stack(&rows, 0)?.to_device(device)?)
 }
