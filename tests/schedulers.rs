@@ -84,16 +84,18 @@ fn check(case: &Case, shape: [usize; 4]) -> Result<()> {
     let mut model = |x: &Tensor, eval: &Eval| Ok(x.affine(0.1, 0.01 * eval.t / 1000.0)?);
     // diffusers reports latents per evaluation, Heun's intermediate points included.
     let mut row = 0;
+    // From sigma 4096 to 3.5, diffusers subtracts nearly equal f32 numbers.
+    let bound = if sigmas.first().is_some_and(|s| *s > 1e3) { 5e-4 } else { 1e-5 };
     for step in 0..case.steps {
         let noise = case.noise.get(step).map(|z| tensor(z)).transpose()?;
         let next = solver.advance(step, &x, &mut history, &mut model, noise.as_ref())?;
         if let Some(expected) = case.x0.get(row) {
             let error = distance(&values(&next.x0), expected);
-            assert!(error < 1e-5, "{name}: x0 of step {step} is off by {error}");
+            assert!(error < bound, "{name}: x0 of step {step} is off by {error}");
         }
         row += solver.evals(step).len();
         let error = distance(&values(&next.x), &case.latents[row - 1]);
-        assert!(error < 1e-5, "{name}: step {step} is off by {error}");
+        assert!(error < bound, "{name}: step {step} is off by {error}");
         x = next.x;
     }
     Ok(())

@@ -87,7 +87,8 @@ impl Solver for Euler {
         let eval = self.evals(step)[0];
         let output = model(&x.affine(eval.input_scale, 0.0)?, &eval)?;
         let x0 = x0_at(self.kind, sigma, x, &output)?;
-        let slope = ((x - &x0)? / sigma)?;
-        Ok(Step { x: blend(1.0, x, next - sigma, &slope)?, x0 })
+        // x + (next - sigma) (x - x0) / sigma without its cancellation at large sigma.
+        let keep = next / sigma;
+        Ok(Step { x: blend(keep, x, 1.0 - keep, &x0)?, x0 })
     }
 }

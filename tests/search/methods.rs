@@ -1,10 +1,8 @@
-//! Sampling methods on closed-form models: reductions, cost, edge cases.
-
-mod common;
+//! Reductions, cost and edge cases.
 
 use std::sync::Arc;
 
-use common::{Bed, FnReward, Run, reward, sum};
+use crate::bed::{Bed, FnReward, Run, reward, sum};
 use diffusion_sharpening::diffusion::cost::{Budget, Units};
 use diffusion_sharpening::diffusion::solver::{SolverKind, SolverSpec};
 use diffusion_sharpening::rewards::{Reward, RewardSet};
@@ -88,7 +86,8 @@ fn monotone_transforms_and_scales_choose_the_same() -> Result<()> {
         let run = Bed::new(reward(move |x| transform(sum(x)))).run("best-of-n", N8(), 6)?;
         assert_eq!(run.latents(), base.latents());
     }
-    let negated = FnReward { name: "searched", higher_is_better: false, f: Box::new(|x| -sum(x)) };
+    let negated =
+        FnReward { name: "searched", higher_is_better: false, calls: 0, f: Box::new(|x| -sum(x)) };
     let run = Bed::new(Arc::new(negated)).run("best-of-n", N8(), 6)?;
     assert_eq!(run.latents(), base.latents());
     assert_eq!(run.outcome.score, -base.outcome.score);
@@ -120,12 +119,17 @@ fn failed_scores_never_win() -> Result<()> {
 #[test]
 fn the_other_rewards_report_on_the_winner_only() -> Result<()> {
     let mut bed = Bed::new(reward(sum));
-    let first: Arc<dyn Reward> =
-        Arc::new(FnReward { name: "first", higher_is_better: true, f: Box::new(|x| x[0].into()) });
+    let first: Arc<dyn Reward> = Arc::new(FnReward {
+        name: "first",
+        higher_is_better: true,
+        calls: 2,
+        f: Box::new(|x| x[0].into()),
+    });
     bed.rewards.add(first.clone())?;
     assert!(bed.rewards.add(first).is_err(), "names are unique");
     let run = bed.run("best-of-n", N8(), 8)?;
-    assert_eq!(run.spent, Units { f: 40, v: 8, y: 8, l: 0 });
+    assert_eq!(run.spent, Units { f: 40, v: 8, y: 8, l: 2 });
+    assert_eq!(run.spent, run.plan.predicted);
     assert_eq!(run.outcome.scores["first"], f64::from(run.latents()[0]));
     assert_eq!(run.outcome.scores["searched"], run.outcome.score);
 

@@ -1,8 +1,6 @@
 //! Samplers against the closed forms of Gaussian data (spec search 12.4).
 
-mod common;
-
-use common::{Bed, reward, sum};
+use crate::bed::{Bed, reward, sum};
 use diffusion_sharpening::Result;
 use diffusion_sharpening::diffusion::gmm::GaussianMixture;
 use diffusion_sharpening::diffusion::noise::{NoiseKey, Purpose};

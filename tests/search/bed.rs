@@ -41,11 +41,14 @@ impl NoiseModel for Counting {
     }
 }
 
+type Score = Box<dyn Fn(&[f32]) -> f64 + Send + Sync>;
+
 /// A function of the exact latent.
 pub struct FnReward {
     pub name: &'static str,
     pub higher_is_better: bool,
-    pub f: Box<dyn Fn(&[f32]) -> f64 + Send + Sync>,
+    pub calls: u64,
+    pub f: Score,
 }
 
 impl Reward for FnReward {
@@ -65,13 +68,17 @@ impl Reward for FnReward {
         self.higher_is_better
     }
 
+    fn external_calls(&self) -> u64 {
+        self.calls
+    }
+
     fn score(&self, images: &[RgbImage], _prompts: &[&str]) -> Result<Vec<f64>> {
         Ok(images.iter().map(|image| (self.f)(&unpack(image))).collect())
     }
 }
 
 pub fn reward(f: impl Fn(&[f32]) -> f64 + Send + Sync + 'static) -> Arc<dyn Reward> {
-    Arc::new(FnReward { name: "searched", higher_is_better: true, f: Box::new(f) })
+    Arc::new(FnReward { name: "searched", higher_is_better: true, calls: 0, f: Box::new(f) })
 }
 
 /// Sum of the latent: linear, with gradient a = (1, ..., 1).
@@ -156,14 +163,19 @@ impl Bed {
     }
 
     pub fn spec(&self) -> EnvSpec {
+        let calls = |searched: bool| {
+            let rewards = self.rewards.iter();
+            let rewards = rewards.filter(|r| (Some(r.name()) == self.searched) == searched);
+            rewards.map(|reward| reward.external_calls()).sum()
+        };
         EnvSpec {
             steps: self.steps,
             solver: self.solver.kind,
             forwards_per_eval: self.cond.forwards_per_eval(),
             searches: self.searched.is_some(),
             reports: !self.rewards.is_empty(),
-            search_calls: 0,
-            report_calls: 0,
+            search_calls: calls(true),
+            report_calls: calls(false),
         }
     }
 
