@@ -1,4 +1,4 @@
-//! Files that are never half-written.
+//! Small things every floor shares: atomic files, cancellation, listings.
 
 use std::io::Write;
 use std::path::Path;
@@ -38,4 +38,13 @@ impl CancelToken {
     pub fn check(&self) -> Result<()> {
         if self.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
+}
+
+/// A method or reward as listed to callers.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Listing {
+    pub name: String,
+    pub summary: String,
+    /// JSON-schema-like description of each parameter: name → {type, default, description}.
+    pub params: serde_json::Map<String, serde_json::Value>,
 }
