@@ -7,6 +7,9 @@
     python tools/pretrain.py base   --work work --steps 6000
     python tools/pretrain.py clip   --work work --steps 2000
     python tools/pretrain.py export --work work --out models/tiny
+    python tools/pretrain.py evaluate-clip --work work
+    python tools/pretrain.py reconstruct --work work
+    cargo run --release --bin ds-train -- judge --images work/reconstructed.safetensors --captions work/reconstructed.jsonl
 
 Every stage writes `work/<stage>.pt` (temporary file, then rename) every 200 steps
 and resumes from it. `--device cuda` runs the same recipe on a GPU.
@@ -15,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 
 import torch
@@ -160,6 +164,20 @@ def encode_all(vae, images, device, batch=64):
     return torch.cat(out)
 
 
+@torch.no_grad()
+def reconstruct(args):
+    """Validation images through the VAE, for `ds-train judge`."""
+    from safetensors.torch import save_file
+    images, _, _ = scenes(os.path.join(args.work, "val.safetensors"))
+    vae, out = load_vae(args), []
+    for i in range(0, len(images), 64):
+        y = vae.decode(vae.encode(to_float(images[i:i + 64], args.device)).latent_dist.mean).sample
+        out.append(((y.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
+    path = os.path.join(args.work, "reconstructed.safetensors")
+    save_file({"images": torch.cat(out).contiguous()}, path)
+    shutil.copy(os.path.join(args.work, "val.jsonl"), os.path.join(args.work, "reconstructed.jsonl"))
+
+
 def towers(args):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
     tokenizer, tokenizer_2 = tokenizers(args)
@@ -243,9 +261,144 @@ def train_base(args):
     run.train(loss_of)
 
 
+COLOURS = "red green blue yellow purple orange white black".split()
+SHAPES = "circle square triangle star heart ring".split()
+TEXTURES = "plain striped dotted".split()
+COUNTS = "one two three four".split()
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+
+def wrong_caption(text, pick):
+    """The caption with one claim changed; `pick(n)` draws an index below n."""
+    words = text.split()
+    places = [i for i, w in enumerate(words) if w in OPPOSITE or any(w.rstrip("s") in g for g in (SHAPES, COLOURS, TEXTURES, COUNTS))]
+    i = places[pick(len(places))]
+    word = words[i]
+    if word in OPPOSITE:
+        words[i] = OPPOSITE[word]
+    elif word in COUNTS:
+        # Singular and plural must not give the answer away, so only counts above one are swapped.
+        others = [c for c in COUNTS[1:] if c != word] if word != "one" else []
+        if others:
+            words[i] = others[pick(len(others))]
+        else:
+            colour = next((k for k in range(i, len(words)) if words[k] in COLOURS), None)
+            i, word = (colour, words[colour]) if colour is not None else (i, word)
+            words[i] = [c for c in COLOURS if c != word][pick(len(COLOURS) - 1)]
+    else:
+        stem, plural = (word[:-1], "s") if word.endswith("s") and word[:-1] in SHAPES else (word, "")
+        group = next(g for g in (SHAPES, COLOURS, TEXTURES) if stem in g)
+        words[i] = [w for w in group if w != stem][pick(len(group) - 1)] + plural
+    for i, word in enumerate(words[:-1]):
+        if word in ("a", "an"):
+            words[i] = "an" if words[i + 1][0] in "aeiou" else "a"
+    return " ".join(words)
+
+
+def make_clip(args, tokenizer):
+    from transformers import CLIPConfig, CLIPModel
+    torch.manual_seed(args.seed + 3)
+    text = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+                vocab_size=len(tokenizer), max_position_embeddings=TEXT_LENGTH, bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, projection_dim=96)
+    vision = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=64,
+                  patch_size=8, projection_dim=96)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=96, logit_scale_init_value=2.6592)
+    model = CLIPModel(config)
+    for name, p in model.named_parameters():
+        if name.endswith("embedding.weight") and p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.1)
+        elif p.dim() == 2:
+            torch.nn.init.xavier_uniform_(p)
+    return model.to(args.device)
+
+
+def train_clip(args):
+    images, texts, _ = scenes(os.path.join(args.work, "train.safetensors"))
+    tokenizer = tokenizers(args)[0]
+    ids_true = ids(tokenizer, texts)
+    model = make_clip(args, tokenizer)
+    print(f"clip: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    run = Run("clip", args, {"clip": model}, args.lr or 1e-3, weight_decay=0.01)
+
+    def loss_of(step, generator):
+        pick = lambda n: int(torch.randint(n, (1,), generator=generator))
+        index = torch.randint(len(images), (args.batch or 128,), generator=generator)
+        hard = ids(tokenizer, [wrong_caption(texts[i], pick) for i in index.tolist()])
+        # Small shifts in brightness and noise, so that the score does not hang on exact pixels.
+        x = to_float(images[index], args.device)
+        x = x + 0.03 * torch.randn(len(index), 3, 1, 1, generator=generator).to(x)
+        x = x + 0.04 * torch.randn(x.shape, generator=generator).to(x)
+        out = model(input_ids=torch.cat([ids_true[index], hard]).to(args.device), pixel_values=x)
+        logits = out.logits_per_image
+        target = torch.arange(len(index), device=args.device)
+        # Equal captions in one batch are not wrong answers for each other.
+        rows = ids_true[index]
+        same = (rows[:, None] == rows[None]).all(-1).fill_diagonal_(False)
+        n = len(index)
+        to_text = logits.clone()
+        to_text[:, :n] = to_text[:, :n].masked_fill(same.to(args.device), -1e4)
+        to_image = logits[:, :n].T.masked_fill(same.to(args.device), -1e4)
+        loss = 0.5 * (F.cross_entropy(to_text, target) + F.cross_entropy(to_image, target))
+        accuracy = (to_text.argmax(1) == target).float().mean().item()
+        return loss, f"accuracy {accuracy:.3f}"
+
+    run.train(loss_of)
+
+
+@torch.no_grad()
+def evaluate_clip(args):
+    """Retrieval on the validation split: 1 of 100 captions, and true against one changed claim."""
+    images, texts, _ = scenes(os.path.join(args.work, "val.safetensors"))
+    tokenizer = tokenizers(args)[0]
+    model = make_clip(args, tokenizer)
+    Run("clip", args, {"clip": model}, 1e-3).use_ema()
+    model.eval()
+    generator = torch.Generator().manual_seed(9)
+    pick = lambda n: int(torch.randint(n, (1,), generator=generator))
+    hits = pairs = total = 0
+    for i in range(0, len(images) - 99, 100):
+        group = texts[i:i + 100]
+        hard = [wrong_caption(t, pick) for t in group]
+        out = model(input_ids=ids(tokenizer, group + hard).to(args.device), pixel_values=to_float(images[i:i + 100], args.device))
+        logits = out.logits_per_image
+        true = logits.diagonal()
+        best = logits[:, :100].argmax(1).tolist()
+        hits += sum(group[b] == group[k] for k, b in enumerate(best))
+        pairs += (true > logits[:, 100:].diagonal()).sum().item()
+        total += 100
+    result = {"images": total, "retrieval_1_of_100": hits / total, "true_over_one_changed_claim": pairs / total}
+    print(json.dumps(result))
+    return result
+
+
+def export(args):
+    """Writes the diffusers folder in f16, with the scene CLIP beside it."""
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    vae = load_vae(args)
+    std = torch.load(os.path.join(args.work, "latents.pt"))[:, :4].float().std().item()
+    vae.register_to_config(scaling_factor=round(1.0 / std, 5))
+    unet = UNet2DConditionModel(**UNET_CONFIG).to(args.device)
+    first, second, tokenizer, tokenizer_2 = towers(args)
+    run = Run("base", args, {"unet": unet, "text_encoder": first, "text_encoder_2": second}, 1e-3)
+    run.use_ema()
+    scheduler = DDIMScheduler(**SCHEDULER, clip_sample=False, set_alpha_to_one=False)
+    pipe = StableDiffusionXLPipeline(
+        vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=tokenizer, tokenizer_2=tokenizer_2,
+        unet=unet, scheduler=scheduler, force_zeros_for_empty_prompt=True, add_watermarker=False)
+    pipe.to("cpu", torch.float16).save_pretrained(args.out, safe_serialization=True)
+    if os.path.exists(os.path.join(args.work, "clip.pt")):
+        clip = make_clip(args, tokenizer)
+        Run("clip", args, {"clip": clip}, 1e-3).use_ema()
+        folder = os.path.join(args.out, "scene_clip")
+        clip.to("cpu", torch.float16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(f"base step {run.start}: written to {args.out}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "base", "clip", "export", "sample"])
+    parser.add_argument("stage", choices=["vae", "base", "clip", "evaluate-clip", "reconstruct", "export"])
     parser.add_argument("--work", default="work")
     parser.add_argument("--out", default="models/tiny")
     parser.add_argument("--steps", type=int, default=4000)
@@ -258,7 +411,9 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     os.makedirs(args.work, exist_ok=True)
-    {"vae": train_vae, "base": train_base}[args.stage](args)
+    stages = {"vae": train_vae, "base": train_base, "clip": train_clip, "evaluate-clip": evaluate_clip,
+              "reconstruct": reconstruct, "export": export}
+    stages[args.stage](args)
 
 
 if __name__ == "__main__":
