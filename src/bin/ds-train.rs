@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use diffusion_sharpening::data::scenes::{Split, export};
+use diffusion_sharpening::data::scenes::{Split, evaluate, export};
 
 #[global_allocator]
 static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -34,6 +34,18 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         seed: u64,
     },
+    /// Judge images against their captions: which of the captions' claims hold.
+    Judge {
+        /// `images` u8 [N, H, W, 3] (safetensors).
+        #[arg(long)]
+        images: PathBuf,
+        /// One JSON object a line with the caption as `text`.
+        #[arg(long)]
+        captions: PathBuf,
+        /// Where to write every judgement (jsonl).
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -53,6 +65,9 @@ fn main() -> anyhow::Result<()> {
             };
             export::export(&out, split, seed, count, size)?;
             println!("{count} scenes of {size} px in {}", out.display());
+        }
+        Command::Judge { images, captions, out } => {
+            println!("{}", evaluate::judge_files(&images, &captions, out.as_deref())?);
         }
     }
     Ok(())
