@@ -150,7 +150,7 @@ export class Card {
         const value = make("dd", { class: "value", textContent: Number.isFinite(mean) ? digits(mean) : "failed" });
         const change = make("dd", {
           class: "delta",
-          textContent: differs ? `${sign}${digits(Math.abs(delta))}` : "",
+          textContent: !differs ? "" : delta === 0 ? "same" : `${sign}${digits(Math.abs(delta))}`,
           title: differs ? "against A" : "",
         });
         return make("div", { class: best.get(name) === this ? "best" : "" }, label, value, change);
@@ -171,7 +171,7 @@ export class Card {
     const bar = make("div", { class: "stages", "aria-hidden": "true" },
       ...stages.map(([name, share]) => {
         const part = make("span", { title: `${name} ${seconds(share)}` });
-        part.style.setProperty("--share", share);
+        part.style.setProperty("--share", share / this.spentSeconds());
         return part;
       }));
     const list = stages.map(([name, share]) => `${name.replaceAll("_", " ")} ${seconds(share)}`).join(" · ");
@@ -235,7 +235,7 @@ export function compare(cards) {
     const cells = [actual.f, actual.v, actual.y, seconds(card.spentSeconds())];
     return make("tr", {},
       make("td", { textContent: card.mark }),
-      make("th", { scope: "row", textContent: card.body.method.name }),
+      make("th", { scope: "row", class: "name", textContent: card.body.method.name }),
       ...cells.map((text) => make("td", { textContent: text })),
       ...names.map((name) =>
         make("td", {
@@ -244,7 +244,7 @@ export function compare(cards) {
         })));
   });
   byId("summary").replaceChildren(make("table", {},
-    make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { scope: "col", textContent: text })))),
+    make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { scope: "col", class: text === "Method" ? "name" : "", textContent: text })))),
     make("tbody", {}, ...rows)));
   byId("summary").hidden = false;
 }

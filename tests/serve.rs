@@ -220,6 +220,9 @@ fn the_page_and_its_files_are_served_with_their_guards() {
     for name in ["app.js", "arms.js", "results.js", "style.css", "favicon.svg"] {
         assert!(seen.contains(&name.to_owned()), "{name} is not reached from {seen:?}");
     }
+    let head = server.head("/");
+    assert_eq!((head.status, head.bytes.len()), (200, 0));
+    assert_eq!(head.header("content-length"), page.bytes.len().to_string());
     let tag = page.header("etag").to_owned();
     let again = server.get_with("/", ("if-none-match", &tag));
     assert_eq!((again.status, again.bytes.len()), (304, 0));

@@ -14,7 +14,15 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::engine::request::{CostReport, Generation, ImageFormat, ModelRef, Resolved};
-use crate::{Error, Result};
+
+/// A finished generation could not be written; the request is not at fault.
+#[derive(Debug, thiserror::Error)]
+pub enum AnswerError {
+    #[error("an image was not encoded: {0}")]
+    Image(#[from] image::ImageError),
+    #[error("the answer was not serialised: {0}")]
+    Json(#[from] serde_json::Error),
+}
 
 const JPEG_QUALITY: u8 = 92;
 
@@ -38,7 +46,7 @@ struct Answer {
 
 /// Encodes the images and writes the JSON answer. Numbers that are not finite
 /// become null. Time spent here is added to the stage "encode".
-pub fn write(id: &str, generation: Generation) -> Result<Vec<u8>> {
+pub fn write(id: &str, generation: Generation) -> Result<Vec<u8>, AnswerError> {
     let start = Instant::now();
     let Generation { images, mut cost, resolved, model, trace } = generation;
     let format = resolved.output_format;
@@ -52,14 +60,14 @@ pub fn write(id: &str, generation: Generation) -> Result<Vec<u8>> {
             let data = STANDARD.encode(encode(&image.pixels, format)?);
             Ok(AnswerImage { data, format, seed: image.seed, scores })
         })
-        .collect::<Result<Vec<_>>>()?;
+        .collect::<Result<Vec<_>, AnswerError>>()?;
     *cost.actual.seconds.entry("encode".to_owned()).or_default() += start.elapsed().as_secs_f64();
     let answer = Answer { id: id.to_owned(), images, cost, resolved, model, trace };
-    serde_json::to_vec(&answer).map_err(|e| Error::invalid("answer", e.to_string()))
+    Ok(serde_json::to_vec(&answer)?)
 }
 
 /// An image file: PNG with adaptive filters, JPEG at quality 92, lossless WebP.
-pub fn encode(pixels: &RgbImage, format: ImageFormat) -> Result<Vec<u8>> {
+pub fn encode(pixels: &RgbImage, format: ImageFormat) -> Result<Vec<u8>, image::ImageError> {
     let (width, height) = pixels.dimensions();
     let mut bytes = Cursor::new(Vec::new());
     let color = ExtendedColorType::Rgb8;
@@ -73,8 +81,7 @@ pub fn encode(pixels: &RgbImage, format: ImageFormat) -> Result<Vec<u8>> {
         ImageFormat::Webp => {
             WebPEncoder::new_lossless(&mut bytes).write_image(pixels, width, height, color)
         }
-    }
-    .map_err(|e| Error::invalid("output_format", format!("the image was not encoded: {e}")))?;
+    }?;
     Ok(bytes.into_inner())
 }
 

@@ -155,7 +155,7 @@ async fn readyz(shared: Data) -> Result<HttpResponse, Problem> {
 
 async fn metrics(shared: Data) -> Result<HttpResponse, Problem> {
     let ready = shared.health.check(0).is_ok();
-    let text = shared.metrics.render(shared.queue.stats(), ready)?;
+    let text = shared.metrics.render(shared.queue.stats(), ready).map_err(Problem::internal)?;
     Ok(HttpResponse::Ok()
         .insert_header((header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8"))
         .body(text))

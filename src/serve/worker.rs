@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use serde_json::Value;
 
-use super::answer;
+use super::answer::{self, AnswerError};
 use super::problem::Problem;
 use super::queue::{Job, Reply};
 use super::server::Shared;
@@ -55,7 +55,9 @@ fn run(shared: &Shared, job: &Job, start: Instant, queue_seconds: f64) -> Reply 
     let result = catch_unwind(AssertUnwindSafe(|| {
         generate(shared, backend.as_ref(), job, &id, &mut counted, &mut stages)
     }))
-    .unwrap_or_else(|panic| Err(Failure::Panic(message_of(panic.as_ref()))));
+    .unwrap_or_else(|panic| {
+        Err(Failure::Internal(format!("panic: {}", message_of(panic.as_ref()))))
+    });
     let seconds = start.elapsed().as_secs_f64();
     let outcome = match &result {
         Ok(_) => "completed",
@@ -81,20 +83,26 @@ fn run(shared: &Shared, job: &Job, start: Instant, queue_seconds: f64) -> Reply 
             let problem = Problem::from(error);
             Err(if cancelled { problem.retry_after(10) } else { problem })
         }
-        Err(Failure::Panic(message)) => {
-            Err(Problem::internal(format!("generation {id} panicked: {message}")))
+        Err(Failure::Internal(message)) => {
+            Err(Problem::internal(format!("generation {id}: {message}")))
         }
     }
 }
 
 enum Failure {
     Error(Error),
-    Panic(String),
+    Internal(String),
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Self::Error(error)
+    }
+}
+
+impl From<AnswerError> for Failure {
+    fn from(error: AnswerError) -> Self {
+        Self::Internal(error.to_string())
     }
 }
 

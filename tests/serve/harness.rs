@@ -96,6 +96,10 @@ impl Server {
         read(self.agent.get(format!("{}{path}", self.url)).call().unwrap())
     }
 
+    pub fn head(&self, path: &str) -> Answer {
+        read(self.agent.head(format!("{}{path}", self.url)).call().unwrap())
+    }
+
     pub fn get_with(&self, path: &str, header: (&str, &str)) -> Answer {
         let request = self.agent.get(format!("{}{path}", self.url)).header(header.0, header.1);
         read(request.call().unwrap())
