@@ -14,5 +14,6 @@ pub mod meter;
 pub mod noise;
 pub mod packed;
 pub mod schedule;
+pub mod sdxl_model;
 pub mod solver;
 pub mod trajectory;

@@ -2,6 +2,7 @@
 //! folder layout: text towers, U-Net, VAE, tokenizers, adapters, weights.
 //! This floor is the only place that knows a tensor's name.
 
+pub mod clip;
 pub mod clip_text;
 pub mod config;
 pub mod folder;
@@ -13,6 +14,7 @@ mod unet_blocks;
 pub mod vae;
 pub mod weights;
 
+pub use clip::Clip;
 pub use clip_text::{ClipText, TextOutput};
 pub use folder::ModelFolder;
 pub use tokenizer::ClipTokenizer;

@@ -142,6 +142,12 @@ impl Scope {
         Self { prefix, ..self.clone() }
     }
 
+    /// Marks a tensor that belongs to the file but not to the network's forward pass.
+    pub fn ignore(&self, name: &str) {
+        let mut report = self.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        report.used.insert(self.at(name).prefix);
+    }
+
     /// Whether any tensor lies below this position's `name`.
     pub fn has(&self, name: &str) -> bool {
         let full = self.at(name).prefix;
