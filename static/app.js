@@ -66,11 +66,13 @@ function begin() {
   byId("progress").hidden = false;
   byId("results").hidden = false;
   byId("results").dataset.state = "running";
+  document.body.classList.add("busy");
   clearResults();
 }
 
 function end(state) {
   running = null;
+  document.body.classList.remove("busy");
   byId("go").disabled = false;
   byId("cancel").hidden = true;
   byId("progress").hidden = true;
@@ -121,6 +123,10 @@ async function generate() {
   quote.textContent = shared.prompt;
   byId("asked").replaceChildren(quote, ` from the noise of seed ${shared.seed}`);
   const cards = bodies.map((body, index) => new Card(body, index));
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if (byId("cards").getBoundingClientRect().top > innerHeight * 0.8) {
+    byId("results").scrollIntoView({ behavior: calm ? "auto" : "smooth" });
+  }
   byId("progress").max = cards.length;
   byId("progress").value = 0;
   let failed = 0;

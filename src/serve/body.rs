@@ -190,7 +190,7 @@ mod tests {
 
     fn refused(body: &str) -> (u16, Option<String>, String) {
         let problem = decode(body.as_bytes()).expect_err(body);
-        (problem.status, problem.field, problem.detail)
+        (problem.kind.status(), problem.field, problem.detail)
     }
 
     #[track_caller]

@@ -96,8 +96,8 @@ settings! {
         "Seconds to finish accepted work after SIGTERM or Ctrl-C [default: 30]";
     warm_up_steps: u32 = 2, "DS_WARM_UP_STEPS", "N",
         "Steps of the image generated before the server is ready; 0 for none [default: 2]";
-    log: String = "info".to_owned(), "DS_LOG", "FILTER",
-        "Log filter, such as debug or diffusion_sharpening=debug [default: info]";
+    log: String = "info,actix_server=warn".to_owned(), "DS_LOG", "FILTER",
+        "Log filter, such as debug or diffusion_sharpening=debug [default: info,actix_server=warn]";
     log_format: LogFormat = LogFormat::Text, "DS_LOG_FORMAT", "FORMAT",
         "Log lines as text or json, on standard error [default: text]";
 }

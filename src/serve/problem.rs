@@ -4,7 +4,7 @@ use std::fmt;
 
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpResponse, ResponseError};
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use crate::Error;
 
@@ -89,31 +89,32 @@ impl Kind {
     }
 }
 
-impl Serialize for Kind {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer
-            .collect_str(&format_args!("urn:problem-type:diffusion-sharpening:{}", self.slug()))
-    }
-}
-
 /// One error answer.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    #[serde(rename = "type")]
     pub kind: Kind,
-    pub title: &'static str,
-    pub status: u16,
     pub detail: String,
     /// The request field at fault, as a path: `method.name`.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub field: Option<String>,
     /// Names the log line of an internal failure.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub instance: Option<String>,
-    #[serde(skip)]
+    /// Seconds.
     pub retry_after: Option<u64>,
-    #[serde(skip)]
+    /// The methods that the resource does take.
     pub allow: Option<&'static str>,
+}
+
+/// The answer's body, in the words of RFC 9457.
+#[derive(Serialize)]
+struct Body<'a> {
+    r#type: String,
+    title: &'static str,
+    status: u16,
+    detail: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    field: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    instance: Option<&'a str>,
 }
 
 impl Problem {
@@ -121,8 +122,6 @@ impl Problem {
     pub fn new(kind: Kind, detail: impl Into<String>) -> Self {
         Self {
             kind,
-            title: kind.title(),
-            status: kind.status(),
             detail: detail.into(),
             field: None,
             instance: None,
@@ -189,7 +188,7 @@ impl From<Error> for Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.title, self.detail)
+        write!(f, "{}: {}", self.kind.title(), self.detail)
     }
 }
 
@@ -197,7 +196,7 @@ impl std::error::Error for Problem {}
 
 impl ResponseError for Problem {
     fn status_code(&self) -> StatusCode {
-        StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+        StatusCode::from_u16(self.kind.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
     }
 
     fn error_response(&self) -> HttpResponse {
@@ -210,7 +209,15 @@ impl ResponseError for Problem {
         if let Some(allow) = self.allow {
             response.insert_header((header::ALLOW, allow));
         }
+        let body = Body {
+            r#type: format!("urn:problem-type:diffusion-sharpening:{}", self.kind.slug()),
+            title: self.kind.title(),
+            status: self.kind.status(),
+            detail: &self.detail,
+            field: self.field.as_deref(),
+            instance: self.instance.as_deref(),
+        };
         // Strings and numbers only: this always serialises.
-        response.body(serde_json::to_vec(self).unwrap_or_default())
+        response.body(serde_json::to_vec(&body).unwrap_or_default())
     }
 }

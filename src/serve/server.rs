@@ -232,7 +232,9 @@ impl Running {
         tracing::info!(waiting = stats.waiting, running = stats.running, "draining");
         if failure.is_some() || !queue.wait_idle(drain) {
             let left = queue.stats();
-            tracing::warn!(waiting = left.waiting, running = left.running, "cancelling");
+            if left.waiting + left.running > 0 {
+                tracing::warn!(waiting = left.waiting, running = left.running, "cancelling");
+            }
             queue.cancel_all();
             queue.wait_idle(GRACE);
         }
