@@ -11,6 +11,7 @@ pub mod cell;
 pub mod manifest;
 pub mod nfe_sweep;
 pub mod options;
+pub mod parity;
 pub mod parity_cmd;
 pub mod plot;
 pub mod progress;

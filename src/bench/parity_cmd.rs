@@ -1,15 +1,10 @@
 //! `ds-bench parity`: one checkpoint's outputs on given inputs, for comparison
 //! with any reference implementation.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use crate::{Error, Result};
-
-/// The computation behind the command: model, inputs, out, steps, guidance.
-pub type Core = fn(&Path, &Path, &Path, usize, f64) -> Result<()>;
-
-/// To be set to `Some(super::parity::run)` once that module is in the build.
-const CORE: Option<Core> = None;
+use super::parity;
+use crate::Result;
 
 /// Run a checkpoint on given latents, tokens and images and write every output.
 ///
@@ -36,8 +31,7 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// When the model or the inputs cannot be used, or this build lacks the computation.
+/// When the model or the inputs cannot be used, or the output not written.
 pub fn run(args: &Args) -> Result<()> {
-    let core = CORE.ok_or_else(|| Error::invalid("parity", "not in this build"))?;
-    core(&args.model, &args.inputs, &args.out, args.steps, args.guidance)
+    parity::run(&args.model, &args.inputs, &args.out, args.steps, args.guidance)
 }

@@ -3,27 +3,22 @@
 
 use std::path::Path;
 
-use crate::engine::Backend;
-use crate::{Error, Result};
+use crate::Result;
+use crate::data::scenes::Split;
+use crate::engine::{Backend, Engine};
 
 /// Opens the in-process engine on a folder of models.
 ///
 /// # Errors
-/// `Error::Invalid` as long as this build has no in-process engine.
+/// When there is no usable checkpoint.
 pub fn open_engine(models: &Path) -> Result<Box<dyn Backend>> {
-    Err(Error::invalid(
-        "models",
-        format!("no in-process engine to open {} with; use --url", models.display()),
-    ))
+    Ok(Box::new(Engine::open(models)?))
 }
 
 /// The first `count` prompts of the held-out test split of the scene world.
 ///
 /// # Errors
-/// `Error::Invalid` as long as this build has no scene world, or when the split is smaller.
+/// None today; other prompt sources may fail.
 pub fn scene_prompts(count: usize) -> Result<Vec<String>> {
-    Err(Error::invalid(
-        "prompts",
-        format!("no scene world to take {count} prompts from; give a prompt file"),
-    ))
+    Ok(Split::Test.prompts(count).iter().map(ToString::to_string).collect())
 }

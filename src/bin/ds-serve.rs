@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, ensure};
 use clap::Parser;
-use diffusion_sharpening::engine::Backend;
+use diffusion_sharpening::engine::{Backend, Engine};
 use diffusion_sharpening::serve::{self, Overrides, Settings, config::LogFormat};
 use tracing_subscriber::EnvFilter;
 
@@ -56,7 +56,7 @@ fn main() -> anyhow::Result<()> {
 
 /// Opens the engine over a folder of checkpoints.
 fn open_backend(models: &Path) -> diffusion_sharpening::Result<Arc<dyn Backend>> {
-    Err(diffusion_sharpening::Error::file(models, "this build has no engine that opens it"))
+    Ok(Arc::new(Engine::open(models)?))
 }
 
 fn start_log(settings: &Settings) -> anyhow::Result<()> {

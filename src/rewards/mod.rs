@@ -1,5 +1,8 @@
 //! Rewards: images and prompts in, one number per image out.
 
+pub mod judge;
+pub mod registry;
+pub mod scene_clip;
 mod set;
 mod verifier;
 
