@@ -74,7 +74,8 @@ class Run:
     def __init__(self, name, args, modules, peak_lr, ema_decay=0.999, weight_decay=0.0):
         self.name, self.args, self.modules, self.peak = name, args, modules, peak_lr
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=peak_lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=peak_lr, betas=(0.9, 0.99),
+                                           weight_decay=weight_decay, fused=True)
         self.ema = [p.detach().clone() for p in self.parameters]
         self.decay, self.start, self.path = ema_decay, 0, os.path.join(args.work, name + ".pt")
         if os.path.exists(self.path):
