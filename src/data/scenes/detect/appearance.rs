@@ -3,7 +3,7 @@
 use std::f32::consts::TAU;
 
 use super::super::vocabulary::{Colour, TEXTURE_CELLS};
-use super::raster::Raster;
+use super::raster::{Raster, Rgb};
 use super::template::Fit;
 
 /// Spread of a colour around its two tones, in RGB levels.
@@ -17,8 +17,6 @@ const NO_COLOUR: f32 = 58.0;
 const TEXTURED: f32 = 0.10;
 /// Angle between the vertical and the horizontal modulation that parts stripes from dots.
 const DOT_ANGLE: f32 = 0.42;
-
-type Rgb = [f32; 3];
 
 fn tones(colour: Colour) -> [Rgb; 2] {
     [colour.rgb(), colour.second_tone()].map(|t| t.map(f32::from))
@@ -110,7 +108,7 @@ fn modulation(raster: &Raster, inside: &[usize], colour: usize) -> (f32, f32) {
     let middle = (sum.0 / n, sum.1 / n);
     for &k in inside {
         let (x, y) = ((k % raster.width) as f32 - middle.0, (k / raster.width) as f32 - middle.1);
-        let p = raster.pixels[k];
+        let p = raster.raw[k];
         let tone = dot(std::array::from_fn(|c| p[c] - fill[c]), axis) * scale;
         let (sin_y, cos_y) = (TAU * y / period).sin_cos();
         let (sin_x, cos_x) = (TAU * x / period).sin_cos();
