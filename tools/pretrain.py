@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from scene_tokenizer import write_tokenizer
+
 TEXT_LENGTH = 24
 VAE_CONFIG = dict(
     in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 32, 64),
@@ -198,7 +200,6 @@ def towers(args):
 
 
 def tokenizers(args):
-    from scene_tokenizer import write_tokenizer
     from transformers import CLIPTokenizer
     out = []
     for folder, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
@@ -388,12 +389,18 @@ def export(args):
         vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=tokenizer, tokenizer_2=tokenizer_2,
         unet=unet, scheduler=scheduler, force_zeros_for_empty_prompt=True, add_watermarker=False)
     pipe.to("cpu", torch.float16).save_pretrained(args.out, safe_serialization=True)
+    # The plain vocabulary and merges, which every CLIP reader understands.
+    for folder, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        write_tokenizer(os.path.join(args.out, folder), pad)
     if os.path.exists(os.path.join(args.work, "clip.pt")):
         clip = make_clip(args, tokenizer)
         Run("clip", args, {"clip": clip}, 1e-3).use_ema()
         folder = os.path.join(args.out, "scene_clip")
         clip.to("cpu", torch.float16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        write_tokenizer(folder, "<|endoftext|>")
+        with open(os.path.join(folder, "preprocessor_config.json"), "w") as f:
+            json.dump({"image_processor_type": "CLIPImageProcessor", "size": 64, "crop_size": 64,
+                       "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, f, indent=2)
     print(f"base step {run.start}: written to {args.out}")
 
 

@@ -1,7 +1,7 @@
 //! Sweeps, statistics, tables and plots, run on any [`crate::engine::Backend`].
 //!
 //! One file per `ds-bench` subcommand ([`nfe_sweep`], [`sweep_merge`],
-//! [`parity_cmd`]), over the parts they share: the grid and its resumable cells
+//! [`parity_cmd`], [`scene_report`]), over the parts they share: the grid and its resumable cells
 //! ([`sweep`], [`arm`], [`cell`], [`manifest`]), what is read off them
 //! ([`stats`], [`summary`], [`report`], [`plot`]), and where prompts and images
 //! come from ([`prompts`], [`remote`], [`wiring`]).
@@ -18,6 +18,7 @@ pub mod progress;
 pub mod prompts;
 pub mod remote;
 pub mod report;
+pub mod scene_report;
 pub mod stats;
 pub mod summary;
 pub mod sweep;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use diffusion_sharpening::bench::{nfe_sweep, parity_cmd, sweep_merge};
+use diffusion_sharpening::bench::{nfe_sweep, parity_cmd, scene_report, sweep_merge};
 use diffusion_sharpening::engine::CancelToken;
 
 #[global_allocator]
@@ -28,6 +28,7 @@ enum Command {
     NfeSweep(Box<nfe_sweep::Args>),
     SweepMerge(sweep_merge::Args),
     Parity(parity_cmd::Args),
+    SceneReport(scene_report::Args),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -50,6 +51,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::NfeSweep(args) => return sweep(&args),
         Command::SweepMerge(args) => sweep_merge::run(&args)?,
         Command::Parity(args) => parity_cmd::run(&args)?,
+        Command::SceneReport(args) => scene_report::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -87,7 +87,12 @@ impl Model {
     pub fn adapter(&self, name: &str) -> Result<&Path> {
         let found = self.adapters.iter().find(|(id, _)| id == name);
         found.map(|(_, path)| path.as_path()).ok_or_else(|| {
-            Error::unknown("adapter", "adapter", name, self.adapters.iter().map(|(id, _)| id.as_str()))
+            Error::unknown(
+                "adapter",
+                "adapter",
+                name,
+                self.adapters.iter().map(|(id, _)| id.as_str()),
+            )
         })
     }
 

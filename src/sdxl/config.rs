@@ -193,7 +193,10 @@ fn refuse(rest: &serde_json::Map<String, Value>, only: &[(&str, Value)]) -> Resu
             None => {}
             Some(value) if value == expected || value.is_null() => {}
             Some(value) => {
-                return Err(Error::invalid(*key, format!("only {expected} is supported, got {value}")));
+                return Err(Error::invalid(
+                    *key,
+                    format!("only {expected} is supported, got {value}"),
+                ));
             }
         }
     }
@@ -222,7 +225,8 @@ impl UNetConfig {
             ("attention_head_dim", self.attention_head_dim.length()),
         ] {
             if length.is_some_and(|n| n != levels) {
-                let message = format!("expected {levels} values, one per level of block_out_channels");
+                let message =
+                    format!("expected {levels} values, one per level of block_out_channels");
                 return Err(Error::invalid(field, message));
             }
         }
@@ -246,20 +250,34 @@ impl UNetConfig {
             Some("text_time") => {
                 for (field, value) in [
                     ("addition_time_embed_dim", self.addition_time_embed_dim),
-                    ("projection_class_embeddings_input_dim", self.projection_class_embeddings_input_dim),
+                    (
+                        "projection_class_embeddings_input_dim",
+                        self.projection_class_embeddings_input_dim,
+                    ),
                 ] {
                     if value.is_none() {
-                        return Err(Error::invalid(field, "needed by addition_embed_type \"text_time\""));
+                        return Err(Error::invalid(
+                            field,
+                            "needed by addition_embed_type \"text_time\"",
+                        ));
                     }
                 }
             }
             Some(other) => {
-                return Err(Error::unknown("addition_embed_type", "embedding", other, ["text_time"]));
+                return Err(Error::unknown(
+                    "addition_embed_type",
+                    "embedding",
+                    other,
+                    ["text_time"],
+                ));
             }
         }
         for &channels in &self.block_out_channels {
             if !channels.is_multiple_of(self.norm_num_groups) {
-                let message = format!("{channels} channels do not split into {} groups", self.norm_num_groups);
+                let message = format!(
+                    "{channels} channels do not split into {} groups",
+                    self.norm_num_groups
+                );
                 return Err(Error::invalid("norm_num_groups", message));
             }
         }
@@ -302,7 +320,9 @@ impl VaeConfig {
         if self.block_out_channels.is_empty() {
             return Err(Error::invalid("block_out_channels", "expected at least one level"));
         }
-        for (key, word) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
+        for (key, word) in
+            [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")]
+        {
             let types = self.rest.get(key).and_then(Value::as_array);
             if let Some(other) = types.into_iter().flatten().find(|t| *t != word) {
                 return Err(Error::unknown(key, "block type", other.to_string(), [word]));
@@ -310,7 +330,11 @@ impl VaeConfig {
         }
         refuse(
             &self.rest,
-            &[("act_fn", "silu".into()), ("latents_mean", Value::Null), ("latents_std", Value::Null)],
+            &[
+                ("act_fn", "silu".into()),
+                ("latents_mean", Value::Null),
+                ("latents_std", Value::Null),
+            ],
         )
     }
 }

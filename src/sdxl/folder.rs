@@ -70,8 +70,10 @@ impl ModelFolder {
         let (text_1, text_2) = (tower("text_encoder")?, tower("text_encoder_2")?);
         let width = text_1.config().hidden_size + text_2.config().hidden_size;
         if width != unet_config.cross_attention_dim {
-            let message =
-                format!("the text towers give {width} values a token, the U-Net expects {}", unet_config.cross_attention_dim);
+            let message = format!(
+                "the text towers give {width} values a token, the U-Net expects {}",
+                unet_config.cross_attention_dim
+            );
             return Err(Error::file(path, message));
         }
         Ok(Self {
