@@ -1,4 +1,4 @@
-//! Files that are never half-written.
+//! Small things every floor shares: atomic files, cancellation, listings.
 
 use std::io::Write;
 use std::path::Path;
@@ -13,7 +13,11 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         _ => Path::new("."),
     };
     std::fs::create_dir_all(dir).map_err(|e| Error::file(dir, e))?;
-    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(|e| Error::file(dir, e))?;
+    let mut builder = tempfile::Builder::new();
+    // Temporary files are private by default; a result is as readable as any other file.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(dir).map_err(|e| Error::file(dir, e))?;
     file.write_all(bytes).map_err(|e| Error::file(path, e))?;
     file.as_file().sync_all().map_err(|e| Error::file(path, e))?;
     file.persist(path).map_err(|e| Error::file(path, e.error))?;
@@ -38,4 +42,13 @@ impl CancelToken {
     pub fn check(&self) -> Result<()> {
         if self.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
     }
+}
+
+/// A method or reward as listed to callers.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Listing {
+    pub name: String,
+    pub summary: String,
+    /// JSON-schema-like description of each parameter: name → {type, default, description}.
+    pub params: serde_json::Map<String, serde_json::Value>,
 }

@@ -1,1 +1,26 @@
-//! bench
+//! Sweeps, statistics, tables and plots, run on any [`crate::engine::Backend`].
+//!
+//! One file per `ds-bench` subcommand ([`nfe_sweep`], [`sweep_merge`],
+//! [`parity_cmd`], [`scene_report`]), over the parts they share: the grid and its resumable cells
+//! ([`sweep`], [`arm`], [`cell`], [`manifest`]), what is read off them
+//! ([`stats`], [`summary`], [`report`], [`plot`]), and where prompts and images
+//! come from ([`prompts`], [`remote`], [`wiring`]).
+
+pub mod arm;
+pub mod cell;
+pub mod manifest;
+pub mod nfe_sweep;
+pub mod options;
+pub mod parity;
+pub mod parity_cmd;
+pub mod plot;
+pub mod progress;
+pub mod prompts;
+pub mod remote;
+pub mod report;
+pub mod scene_report;
+pub mod stats;
+pub mod summary;
+pub mod sweep;
+pub mod sweep_merge;
+pub mod wiring;

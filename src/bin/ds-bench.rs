@@ -1,1 +1,95 @@
-fn main() {}
+//! `ds-bench`: sweeps, statistics and parity, on the engine or a server.
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use diffusion_sharpening::bench::{nfe_sweep, parity_cmd, scene_report, sweep_merge};
+use diffusion_sharpening::engine::CancelToken;
+
+#[global_allocator]
+static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Backward passes and deep graphs recurse: far more stack than a thread's default.
+const STACK: usize = 256 << 20;
+/// What shells report for a process that SIGINT ended.
+const INTERRUPTED: u8 = 130;
+
+/// Measure what search and sharpening buy, at exactly metered cost.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    NfeSweep(Box<nfe_sweep::Args>),
+    SweepMerge(sweep_merge::Args),
+    Parity(parity_cmd::Args),
+    SceneReport(scene_report::Args),
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()),
+        )
+        .init();
+    let work = std::thread::Builder::new().stack_size(STACK).spawn(move || run(cli.command))?;
+    match work.join() {
+        Ok(outcome) => outcome,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::NfeSweep(args) => return sweep(&args),
+        Command::SweepMerge(args) => sweep_merge::run(&args)?,
+        Command::Parity(args) => parity_cmd::run(&args)?,
+        Command::SceneReport(args) => scene_report::run(&args)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn sweep(args: &nfe_sweep::Args) -> anyhow::Result<ExitCode> {
+    let cancel = cancel_on_signal()?;
+    let command = nfe_sweep::shell_line(
+        std::iter::once("ds-bench".to_owned()).chain(std::env::args().skip(1)),
+    );
+    let backend = args.backend()?;
+    let Some(tally) = nfe_sweep::run(args, backend.as_ref(), &command, &cancel)? else {
+        return Ok(ExitCode::SUCCESS);
+    };
+    let out = args.options()?.out.unwrap_or_default();
+    eprintln!(
+        "{} cells computed ({} of them could not run), {} were there already; see {}",
+        tally.ran,
+        tally.infeasible,
+        tally.kept,
+        out.join("summary.md").display()
+    );
+    if tally.remaining > 0 {
+        eprintln!("{} cells are left; to resume: {command}", tally.remaining);
+    }
+    Ok(if tally.interrupted { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
+}
+
+/// A token that the first Ctrl-C raises; the second ends the process.
+fn cancel_on_signal() -> anyhow::Result<CancelToken> {
+    let cancel = CancelToken::default();
+    let raised = cancel.clone();
+    ctrlc::set_handler(move || {
+        if raised.is_cancelled() {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+        raised.cancel();
+        eprintln!("\nstopping after what is running now; again to stop at once");
+    })
+    .context("cannot watch for Ctrl-C")?;
+    Ok(cancel)
+}

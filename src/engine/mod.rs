@@ -1,13 +1,17 @@
 //! The engine: loads models, resolves and plans requests, runs them metered.
 //! `serve` and `bench` reach everything below through this floor.
 
+pub mod local;
+pub mod model;
 pub mod request;
+mod resolve;
 
 use serde_json::Value;
 
 use crate::Result;
 use crate::diffusion::cost::Units;
 pub use crate::util::CancelToken;
+pub use local::Engine;
 use request::{GenerateRequest, Generation, Listing, ModelInfo, Resolved};
 
 /// A validated request with its predicted cost.

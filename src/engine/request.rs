@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::diffusion::cost::{Budget, Cost, Units};
+pub use crate::util::Listing;
 
 /// A generation request as a caller writes it: everything but the prompt is
 /// optional and resolved against the model's defaults.
@@ -149,13 +150,4 @@ pub struct ModelInfo {
     /// Parameters of the U-Net.
     pub unet_parameters: u64,
     pub example_prompts: Vec<String>,
-}
-
-/// A method or reward as listed to callers.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Listing {
-    pub name: String,
-    pub summary: String,
-    /// JSON-schema-like description of each parameter: name → {type, default, description}.
-    pub params: serde_json::Map<String, Value>,
 }

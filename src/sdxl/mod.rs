@@ -1,1 +1,23 @@
-//! sdxl
+//! Stable Diffusion XL, driven by the `config.json` files of the diffusers
+//! folder layout: text towers, U-Net, VAE, tokenizers, adapters, weights.
+//! This floor is the only place that knows a tensor's name.
+
+pub mod clip;
+pub mod clip_text;
+pub mod config;
+pub mod folder;
+pub mod lora;
+pub mod tokenizer;
+pub mod transformer;
+pub mod unet;
+mod unet_blocks;
+pub mod vae;
+pub mod weights;
+
+pub use clip::Clip;
+pub use clip_text::{ClipText, TextOutput};
+pub use folder::ModelFolder;
+pub use tokenizer::ClipTokenizer;
+pub use unet::UNet;
+pub use vae::Vae;
+pub use weights::{Scope, Weights};

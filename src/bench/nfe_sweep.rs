@@ -1,0 +1,289 @@
+//! `ds-bench nfe-sweep`: quality against NFE, methods × budgets × prompts × seeds.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use super::arm::{Arm, MethodSpec, PLAIN};
+use super::manifest::{Manifest, SweepConfig};
+use super::options::Layer;
+use super::prompts::{self, PromptSpec};
+use super::remote::RemoteBackend;
+use super::sweep::{Shard, Sweep, Tally};
+use super::wiring;
+use crate::engine::request::{Listing, ModelRef};
+use crate::engine::{Backend, CancelToken};
+use crate::{Error, Result};
+
+/// The reward held out unless another is named.
+const JUDGE: &str = "judge";
+
+/// Draw quality against NFE for plain sampling and search methods.
+///
+/// Every cell (method, budget, prompt, seed) is appended to OUT/cells.jsonl as
+/// soon as it is done; the same command continues an interrupted sweep. Tables
+/// (cells.csv, summary.csv, summary.md) and plots (nfe-sweep.svg, .png) are
+/// written at the end. Options come from flags, then DS_BENCH_… variables, then
+/// the file given with --config, then the defaults.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct Args {
+    #[command(flatten)]
+    pub layer: Layer,
+    /// TOML file of options; its keys are the flags below with underscores
+    #[arg(long, env = "DS_BENCH_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Compute at most this many cells now
+    #[arg(long, value_name = "CELLS")]
+    pub limit: Option<usize>,
+    /// Take every n-th prompt from the i-th on (i from 1); join with sweep-merge
+    #[arg(long, value_name = "i/n")]
+    pub shard: Option<Shard>,
+    /// Accept a folder whose sweep has other methods, budgets, seeds, prompts or
+    /// held-out reward, keeping the cells it has
+    #[arg(long)]
+    pub extend: bool,
+    /// Print what each method does at each budget and what it all costs; run nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// No progress
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+impl Args {
+    /// The options of flags, environment and file together.
+    ///
+    /// # Errors
+    /// When the file given with `--config` is unusable.
+    pub fn options(&self) -> Result<Layer> {
+        let file = self.config.as_deref().map(Layer::read).transpose()?;
+        Ok(self.layer.clone().over(file.unwrap_or_default()))
+    }
+
+    /// The backend that the options ask for: a server, or the engine in process.
+    ///
+    /// # Errors
+    /// When the server does not answer or the models cannot be loaded.
+    pub fn backend(&self) -> Result<Box<dyn Backend>> {
+        let options = self.options()?;
+        match &options.url {
+            Some(url) => Ok(Box::new(RemoteBackend::connect(url)?)),
+            None => wiring::open_engine(&options.models.unwrap_or_else(|| "models".into())),
+        }
+    }
+}
+
+/// Runs the command on `backend`; `command` is recorded as what made the folder.
+///
+/// # Errors
+/// When an option is unusable, the folder holds another sweep, or the backend fails.
+pub fn run(
+    args: &Args,
+    backend: &dyn Backend,
+    command: &str,
+    cancel: &CancelToken,
+) -> Result<Option<Tally>> {
+    let sweep = configure(args, backend, command)?;
+    if args.dry_run {
+        print!("{}", describe(&sweep, backend)?);
+        return Ok(None);
+    }
+    sweep.run(backend, cancel).map(Some)
+}
+
+/// Checks the options against what `backend` has and fills in the defaults.
+///
+/// # Errors
+/// Names the option that is unusable.
+pub fn configure(args: &Args, backend: &dyn Backend, command: &str) -> Result<Sweep> {
+    let options = args.options()?;
+    let methods = options.methods.unwrap_or_else(|| vec!["plain".into(), "best-of-n".into()]);
+    let methods = methods.iter().map(|m| MethodSpec::parse(m)).collect::<Result<Vec<_>>>()?;
+    let budgets = options.budgets.unwrap_or_else(|| vec![100, 200]);
+    let seeds = options.seeds.map_or_else(|| vec![0], |s| s.0);
+    distinct("methods", methods.iter().map(|m| m.label.clone()))?;
+    distinct("budgets", budgets.iter().copied())?;
+    distinct("seeds", seeds.iter().copied())?;
+    if budgets.contains(&0) {
+        return Err(Error::invalid("budgets", "must be positive"));
+    }
+    if let Some(reference) = options.reference_budget
+        && !(budgets.contains(&reference) && methods.iter().any(|m| m.label == PLAIN))
+    {
+        let message = format!("plain does not run at {reference} in this sweep");
+        return Err(Error::invalid("reference_budget", message));
+    }
+    let known = backend.methods();
+    for method in &methods {
+        check("methods", "method", &method.name, &known)?;
+    }
+    let model = model(options.model.as_deref(), backend)?;
+    for adapter in methods.iter().filter_map(|m| m.adapter.as_ref()).chain(options.adapter.as_ref())
+    {
+        if !model.adapters.contains(adapter) {
+            let known = model.adapters.iter().map(String::as_str);
+            return Err(Error::unknown("adapter", "adapter", adapter, known));
+        }
+    }
+    let (reward, held_out) = rewards(options.reward, options.held_out, &backend.rewards())?;
+    let (steps, min_steps) = (options.steps.unwrap_or(50), options.min_steps.unwrap_or(10));
+    for (field, value) in [("steps", steps), ("min_steps", min_steps)] {
+        if value == 0 {
+            return Err(Error::invalid(field, "must be positive"));
+        }
+    }
+    let guidance_scale = options.guidance.unwrap_or(model.default_guidance_scale);
+    if !guidance_scale.is_finite() {
+        return Err(Error::invalid("guidance", "must be a number"));
+    }
+    let out = options.out.ok_or_else(|| Error::invalid("out", "missing: give a folder"))?;
+    let spec = options.prompts.unwrap_or(PromptSpec::Scenes(8));
+    let config = SweepConfig {
+        model: ModelRef { id: model.id, sha256: model.sha256 },
+        adapter: options.adapter,
+        reward,
+        held_out,
+        steps,
+        min_steps,
+        guidance_scale,
+        methods: methods.iter().map(|m| m.label.clone()).collect(),
+        budgets,
+        seeds,
+        prompts: prompts::load(&spec)?,
+        shard: args.shard.map(|s| s.to_string()),
+    };
+    Ok(Sweep {
+        manifest: Manifest {
+            format: 1,
+            config,
+            reference_budget: options.reference_budget,
+            prompts_source: match &spec {
+                PromptSpec::Scenes(_) => "the scene world's held-out test split".into(),
+                PromptSpec::File(path) => {
+                    let name = path.file_name().unwrap_or(path.as_os_str());
+                    format!("`{}`", name.to_string_lossy())
+                }
+            },
+            command: command.to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        },
+        methods,
+        shard: args.shard,
+        out,
+        limit: args.limit,
+        extend: args.extend,
+        quiet: args.quiet,
+    })
+}
+
+fn distinct<T: Ord + Clone + std::fmt::Display>(
+    field: &str,
+    values: impl Iterator<Item = T>,
+) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    for value in values {
+        if !seen.insert(value.clone()) {
+            return Err(Error::invalid(field, format!("{value} is given twice")));
+        }
+    }
+    if seen.is_empty() { Err(Error::invalid(field, "give at least one")) } else { Ok(()) }
+}
+
+fn check(field: &str, what: &'static str, name: &str, known: &[Listing]) -> Result<()> {
+    if known.iter().any(|k| k.name == name) {
+        return Ok(());
+    }
+    Err(Error::unknown(field, what, name, known.iter().map(|k| k.name.as_str())))
+}
+
+fn model(id: Option<&str>, backend: &dyn Backend) -> Result<crate::engine::request::ModelInfo> {
+    let models = backend.models();
+    let found = match id {
+        Some(id) => models.iter().find(|m| m.id == id),
+        None => models.first(),
+    };
+    found.cloned().ok_or_else(|| {
+        let known = models.iter().map(|m| m.id.as_str());
+        Error::unknown("model", "model", id.unwrap_or_default(), known)
+    })
+}
+
+/// The searched and the held-out reward.
+fn rewards(
+    reward: Option<String>,
+    held_out: Option<String>,
+    known: &[Listing],
+) -> Result<(String, Option<String>)> {
+    let names = || known.iter().map(|k| k.name.clone());
+    if let Some(name) = &reward {
+        check("reward", "reward", name, known)?;
+    }
+    if let Some(name) = held_out.as_ref().filter(|name| *name != "none") {
+        check("held_out", "reward", name, known)?;
+    }
+    let searched = match reward {
+        Some(name) => name,
+        None => {
+            let avoid = held_out.clone().unwrap_or_else(|| JUDGE.into());
+            names()
+                .find(|n| *n != avoid)
+                .or_else(|| names().next())
+                .ok_or_else(|| Error::invalid("reward", "the backend has no reward"))?
+        }
+    };
+    let held_out = match held_out {
+        Some(name) if name == "none" => None,
+        Some(name) if name == searched => {
+            return Err(Error::invalid("held_out", format!("{name} is the searched reward")));
+        }
+        Some(name) => Some(name),
+        None => names()
+            .find(|n| n == JUDGE && *n != searched)
+            .or_else(|| names().find(|n| *n != searched)),
+    };
+    Ok((searched, held_out))
+}
+
+/// The grid of a sweep as text.
+fn describe(sweep: &Sweep, backend: &dyn Backend) -> Result<String> {
+    let config = &sweep.manifest.config;
+    let held = (0..config.prompts.len()).filter(|&p| sweep.shard.is_none_or(|s| s.holds(p)));
+    let images = (held.count() * config.seeds.len()) as u64;
+    let mut lines = vec![format!(
+        "model {}, reward {}, held out {}, {images} images per row",
+        config.model.id,
+        config.reward,
+        config.held_out.as_deref().unwrap_or("none")
+    )];
+    let mut total = 0;
+    for (label, budget, arm) in sweep.arms(backend)? {
+        total += arm.f() * images;
+        lines.push(match &arm {
+            Arm::Infeasible(reason) => format!("{label} at {budget}: not run: {reason}"),
+            Arm::Run { method, request, f, .. } => {
+                let stands_in = if arm.is_fallback() {
+                    format!(" (runs {}: the budget is too small)", method.label)
+                } else {
+                    String::new()
+                };
+                let steps = request.steps.unwrap_or_default();
+                format!("{label} at {budget}: {steps} steps, {f} forwards{stands_in}")
+            }
+        });
+    }
+    lines.push(format!("{total} forwards in all\n"));
+    Ok(lines.join("\n"))
+}
+
+/// A command line as a shell would take it.
+#[must_use]
+pub fn shell_line(args: impl IntoIterator<Item = String>) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_=+./,:@%".contains(c);
+    let quote = |arg: String| {
+        if !arg.is_empty() && arg.chars().all(plain) {
+            arg
+        } else {
+            format!("'{}'", arg.replace('\'', r"'\''"))
+        }
+    };
+    args.into_iter().map(quote).collect::<Vec<_>>().join(" ")
+}

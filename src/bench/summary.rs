@@ -1,0 +1,198 @@
+//! What a sweep's cells say: one row per method and budget, with means,
+//! intervals over prompts and paired differences against plain sampling.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use super::arm::PLAIN;
+use super::cell::Cell;
+use super::manifest::Manifest;
+use super::stats::{Bootstrap, Estimate, mean};
+
+/// One reward in one row.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Score {
+    pub estimate: Option<Estimate>,
+    /// Cells that ran and have no score.
+    pub missing: usize,
+    /// Mean of the differences from the reference cell of the same prompt and seed.
+    pub difference: Option<Estimate>,
+}
+
+/// All cells of a method at a budget.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    pub method: String,
+    /// The method asked for, where plain sampling stood in for it.
+    pub requested_method: Option<String>,
+    pub budget: u64,
+    /// Steps, where all cells agree.
+    pub steps: Option<u32>,
+    /// Cells that ran.
+    pub n: usize,
+    /// Distinct prompts among them.
+    pub prompts: usize,
+    /// Cells in which nothing could run.
+    pub infeasible: usize,
+    /// Why, of the first.
+    pub reason: Option<String>,
+    /// Means per image.
+    pub f: f64,
+    pub v: f64,
+    pub y: f64,
+    pub seconds: f64,
+    /// In the order of [`Summary::rewards`].
+    pub scores: Vec<Score>,
+    /// Whether the differences are taken against this row.
+    pub is_reference: bool,
+}
+
+impl Row {
+    /// Whether the row belongs to its method's line: it ran, as itself.
+    #[must_use]
+    pub fn on_curve(&self) -> bool {
+        self.requested_method.is_none() && self.n > 0
+    }
+}
+
+/// The rows of a sweep.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    /// Searched reward first, then the held-out one, then the others by name.
+    pub rewards: Vec<String>,
+    pub rows: Vec<Row>,
+    /// Budget of the plain row that differences are taken against.
+    pub reference_budget: Option<u64>,
+}
+
+type Pair = (usize, u64);
+
+impl Summary {
+    /// Summarises the cells of `manifest`'s grid.
+    #[must_use]
+    pub fn build(manifest: &Manifest, cells: &[Cell]) -> Self {
+        let config = &manifest.config;
+        let rewards = rewards(manifest, cells);
+        let prompts: Vec<usize> =
+            cells.iter().map(|c| c.prompt_index).collect::<BTreeSet<_>>().into_iter().collect();
+        let slot: HashMap<usize, usize> =
+            prompts.iter().enumerate().map(|(i, &p)| (p, i)).collect();
+        let bootstrap = Bootstrap::new(prompts.len());
+
+        let place = |c: &Cell| {
+            let method = config.methods.iter().position(|m| m == c.requested());
+            (method, c.budget, c.infeasible.is_none() && c.requested_method.is_some())
+        };
+        let mut groups: BTreeMap<_, Vec<&Cell>> = BTreeMap::new();
+        for cell in cells {
+            groups.entry(place(cell)).or_default().push(cell);
+        }
+        let reference_budget = reference(manifest, groups.values());
+        let reference: Vec<&Cell> = groups
+            .values()
+            .flatten()
+            .filter(|c| is_plain(c) && Some(c.budget) == reference_budget)
+            .copied()
+            .collect();
+
+        let rows = groups
+            .values()
+            .map(|group| {
+                let ran: Vec<&Cell> =
+                    group.iter().copied().filter(|c| c.infeasible.is_none()).collect();
+                let is_reference =
+                    reference_budget == Some(group[0].budget) && ran.iter().any(|c| is_plain(c));
+                let scores = rewards
+                    .iter()
+                    .map(|reward| {
+                        let values = by_pair(&ran, reward);
+                        let plain = by_pair(&reference, reward);
+                        let clusters = |of: &dyn Fn(&Pair, f64) -> Option<f64>| {
+                            let mut clusters = vec![Vec::new(); prompts.len()];
+                            for (pair, &value) in &values {
+                                clusters[slot[&pair.0]].extend(of(pair, value));
+                            }
+                            bootstrap.estimate(&clusters)
+                        };
+                        Score {
+                            estimate: clusters(&|_, value| Some(value)),
+                            missing: ran.len() - values.len(),
+                            difference: (!is_reference)
+                                .then(|| clusters(&|pair, value| Some(value - plain.get(pair)?)))
+                                .flatten(),
+                        }
+                    })
+                    .collect();
+                row(group, &ran, scores, is_reference)
+            })
+            .collect();
+        Self { rewards, rows, reference_budget }
+    }
+}
+
+fn row(group: &[&Cell], ran: &[&Cell], scores: Vec<Score>, is_reference: bool) -> Row {
+    let first = group[0];
+    let average = |of: &dyn Fn(&Cell) -> f64| {
+        mean(&ran.iter().map(|c| of(c)).collect::<Vec<_>>()).unwrap_or(f64::NAN)
+    };
+    let steps: BTreeSet<u32> = ran.iter().map(|c| c.steps).collect();
+    Row {
+        method: first.method.clone(),
+        requested_method: first.requested_method.clone(),
+        budget: first.budget,
+        steps: steps.first().copied().filter(|_| steps.len() == 1),
+        n: ran.len(),
+        prompts: ran.iter().map(|c| c.prompt_index).collect::<BTreeSet<_>>().len(),
+        infeasible: group.len() - ran.len(),
+        reason: group.iter().find_map(|c| c.infeasible.clone()),
+        f: average(&|c| c.f as f64),
+        v: average(&|c| c.v as f64),
+        y: average(&|c| c.y as f64),
+        seconds: average(&|c| c.seconds),
+        scores,
+        is_reference,
+    }
+}
+
+/// A cell of the plain row proper: no adapter, not standing in for a search.
+fn is_plain(cell: &Cell) -> bool {
+    cell.method == PLAIN && cell.requested_method.is_none() && cell.infeasible.is_none()
+}
+
+fn by_pair(cells: &[&Cell], reward: &str) -> BTreeMap<Pair, f64> {
+    cells
+        .iter()
+        .filter_map(|c| {
+            let score = c.scores.get(reward).copied().flatten().filter(|s| s.is_finite())?;
+            Some(((c.prompt_index, c.seed), score))
+        })
+        .collect()
+}
+
+fn rewards(manifest: &Manifest, cells: &[Cell]) -> Vec<String> {
+    let mut rewards = vec![manifest.config.reward.clone()];
+    rewards.extend(manifest.config.held_out.clone());
+    let seen: BTreeSet<&String> = cells.iter().flat_map(|c| c.scores.keys()).collect();
+    for reward in seen {
+        if !rewards.contains(reward) {
+            rewards.push(reward.clone());
+        }
+    }
+    rewards
+}
+
+/// The budget of the reference row: the one asked for, otherwise that of plain
+/// sampling at the steps that searches take, otherwise plain's smallest.
+fn reference<'a>(
+    manifest: &Manifest,
+    groups: impl Iterator<Item = &'a Vec<&'a Cell>>,
+) -> Option<u64> {
+    let plain: Vec<(u64, u32)> = groups
+        .filter_map(|group| group.iter().find(|c| is_plain(c)))
+        .map(|c| (c.budget, c.steps))
+        .collect();
+    if let Some(asked) = manifest.reference_budget {
+        return plain.iter().map(|p| p.0).find(|&budget| budget == asked);
+    }
+    let same_steps = plain.iter().find(|p| p.1 == manifest.config.steps);
+    same_steps.or_else(|| plain.iter().min()).map(|p| p.0)
+}

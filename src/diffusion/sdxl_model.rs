@@ -1,0 +1,134 @@
+//! SDXL behind the contracts of this floor.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use image::{Rgb, RgbImage};
+
+use super::denoiser::{Decoder, NoiseModel, TextCond};
+use crate::sdxl::{ClipTokenizer, ModelFolder, UNet};
+use crate::{Error, Result};
+
+/// A checkpoint, or a checkpoint with adapters in its U-Net.
+#[derive(Clone)]
+pub struct SdxlModel {
+    folder: Arc<ModelFolder>,
+    unet: Arc<UNet>,
+    device: Device,
+}
+
+impl SdxlModel {
+    pub fn new(folder: Arc<ModelFolder>) -> Self {
+        let unet = Arc::new(folder.unet.clone());
+        Self { unet, folder, device: Device::Cpu }
+    }
+
+    /// The same checkpoint with another U-Net.
+    pub fn with_unet(&self, unet: UNet) -> Self {
+        Self { unet: Arc::new(unet), ..self.clone() }
+    }
+
+    pub fn folder(&self) -> &ModelFolder {
+        &self.folder
+    }
+
+    /// Encodes prompts, with the micro-conditioning of an uncropped image of this size.
+    ///
+    /// # Errors
+    /// The tokenizer's and the towers'.
+    pub fn encode(
+        &self,
+        tokenizers: &[ClipTokenizer; 2],
+        prompts: &[&str],
+        (width, height): (u32, u32),
+    ) -> Result<Vec<TextCond>> {
+        let rows =
+            |t: &ClipTokenizer| prompts.iter().map(|p| t.encode(p)).collect::<Result<Vec<_>>>();
+        let encoded = self.folder.encode_ids(&rows(&tokenizers[0])?, &rows(&tokenizers[1])?)?;
+        (0..prompts.len())
+            .map(|i| {
+                Ok(TextCond {
+                    context: encoded.context.get(i)?.contiguous()?,
+                    pooled: encoded.pooled.get(i)?.contiguous()?,
+                    time_ids: time_ids(width, height),
+                })
+            })
+            .collect()
+    }
+
+    /// The null conditioning that the checkpoint was made for: zeros, or the encoding of "".
+    ///
+    /// # Errors
+    /// The tokenizer's and the towers'.
+    pub fn null(&self, tokenizers: &[ClipTokenizer; 2], size: (u32, u32)) -> Result<TextCond> {
+        let empty = self.encode(tokenizers, &[""], size)?.remove(0);
+        if !self.folder.force_zeros_for_empty_prompt {
+            return Ok(empty);
+        }
+        Ok(TextCond {
+            context: empty.context.zeros_like()?,
+            pooled: empty.pooled.zeros_like()?,
+            ..empty
+        })
+    }
+}
+
+/// (height, width, 0, 0, height, width): an image that was neither scaled nor cropped.
+pub fn time_ids(width: u32, height: u32) -> [f32; 6] {
+    let (w, h) = (width as f32, height as f32);
+    [h, w, 0.0, 0.0, h, w]
+}
+
+impl NoiseModel for SdxlModel {
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn latent_shape(&self, width: u32, height: u32) -> Result<(usize, usize, usize)> {
+        let factor = self.folder.vae.config().factor() as u32;
+        for (field, side) in [("width", width), ("height", height)] {
+            if side == 0 || side % factor != 0 {
+                return Err(Error::invalid(
+                    field,
+                    format!("expected a positive multiple of {factor}, got {side}"),
+                ));
+            }
+        }
+        let channels = self.folder.vae.config().latent_channels;
+        Ok((channels, (height / factor) as usize, (width / factor) as usize))
+    }
+
+    fn forward(&self, x: &Tensor, t: &Tensor, text: &[&TextCond]) -> Result<Tensor> {
+        let stack = |of: &dyn Fn(&TextCond) -> Tensor| -> Result<Tensor> {
+            let rows: Vec<Tensor> = text.iter().map(|c| of(c)).collect();
+            Ok(Tensor::stack(&rows, 0)?)
+        };
+        let context = stack(&|c| c.context.clone())?;
+        let pooled = stack(&|c| c.pooled.clone())?;
+        let sizes: Vec<f32> = text.iter().flat_map(|c| c.time_ids).collect();
+        let sizes = Tensor::from_vec(sizes, (text.len(), 6), &self.device)?;
+        Ok(self.unet.forward(x, t, &context, &pooled, &sizes)?.to_dtype(DType::F32)?)
+    }
+}
+
+impl Decoder for SdxlModel {
+    fn decode(&self, latents: &Tensor) -> Result<Vec<RgbImage>> {
+        to_images(&self.folder.vae.decode(latents)?)
+    }
+}
+
+/// [B, 3, H, W] in [-1, 1] → 8-bit images; values beyond are clamped, NaN becomes black.
+pub fn to_images(x: &Tensor) -> Result<Vec<RgbImage>> {
+    let (batch, _, height, width) = x.dims4()?;
+    let data = ((x.to_dtype(DType::F32)? + 1.0)? * 127.5)?.flatten_all()?.to_vec1::<f32>()?;
+    let plane = height * width;
+    Ok((0..batch)
+        .map(|b| {
+            RgbImage::from_fn(width as u32, height as u32, |px, py| {
+                let at = b * 3 * plane + py as usize * width + px as usize;
+                // A float cast to u8 saturates, and NaN becomes 0.
+                Rgb([0, 1, 2].map(|c| data[at + c * plane].round() as u8))
+            })
+        })
+        .collect())
+}

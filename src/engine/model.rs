@@ -1,0 +1,146 @@
+//! One checkpoint, ready to generate.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{DType, Device};
+
+use super::request::{ModelInfo, ModelRef};
+use crate::data::scenes::Split;
+use crate::diffusion::config::SchedulerConfig;
+use crate::diffusion::guidance::Guided;
+use crate::diffusion::schedule::NoiseSchedule;
+use crate::diffusion::sdxl_model::SdxlModel;
+use crate::diffusion::solver::SolverKind;
+use crate::rewards::{RewardSet, registry};
+use crate::sdxl::config::read_json;
+use crate::sdxl::lora::LoraMap;
+use crate::sdxl::{ClipTokenizer, ModelFolder};
+use crate::{Error, Result};
+
+/// The paper's evaluation setting (§4.1): 50 DDIM steps, guidance 5.
+pub const DEFAULT_STEPS: u32 = 50;
+pub const DEFAULT_GUIDANCE: f64 = 5.0;
+/// Example prompts offered to callers.
+const EXAMPLES: usize = 24;
+
+/// A loaded checkpoint with everything that generation needs.
+pub struct Model {
+    pub id: String,
+    pub sha256: String,
+    pub tokenizers: [ClipTokenizer; 2],
+    pub schedule: NoiseSchedule,
+    pub solver: SolverKind,
+    pub rewards: RewardSet,
+    base: SdxlModel,
+    adapters: Vec<(String, PathBuf)>,
+    /// Networks with an adapter in place; they share the base weights.
+    adapted: Mutex<HashMap<String, SdxlModel>>,
+}
+
+impl Model {
+    /// # Errors
+    /// Names the file that is missing or unusable.
+    pub fn open(id: String, path: &Path) -> Result<Self> {
+        let folder = ModelFolder::open(path, DType::F32, &Device::Cpu)?;
+        let tokenizers = folder.tokenizers()?;
+        let scheduler_file = path.join("scheduler/scheduler_config.json");
+        let scheduler: SchedulerConfig = read_json(&scheduler_file)?;
+        scheduler.validate().map_err(|e| Error::file(&scheduler_file, e))?;
+        let sha256 = folder.sha256()?;
+        Ok(Self {
+            id,
+            sha256,
+            tokenizers,
+            solver: scheduler.default_solver(),
+            schedule: NoiseSchedule::new(&scheduler)?,
+            rewards: registry::for_model(path)?,
+            adapters: adapter_files(&path.join("adapters"))?,
+            base: SdxlModel::new(Arc::new(folder)),
+            adapted: Mutex::default(),
+        })
+    }
+
+    /// The network, with the named adapter (loaded on first use) or without.
+    ///
+    /// # Errors
+    /// `Error::Unknown` on `adapter`, or when its file does not fit.
+    pub fn network(&self, adapter: Option<&str>) -> Result<Guided<SdxlModel>> {
+        let Some(name) = adapter else { return Ok(Guided(self.base.clone())) };
+        let path = self.adapter(name)?;
+        let mut adapted = self.adapted.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(model) = adapted.get(name) {
+            return Ok(Guided(model.clone()));
+        }
+        let folder = self.base.folder();
+        let lora = LoraMap::read(path, &folder.unet_modules(), DType::F32, &Device::Cpu)?;
+        let model = self.base.with_unet(folder.unet_with(&lora)?);
+        adapted.insert(name.to_owned(), model.clone());
+        Ok(Guided(model))
+    }
+
+    /// The file of an adapter.
+    ///
+    /// # Errors
+    /// `Error::Unknown` listing the adapters that are there.
+    pub fn adapter(&self, name: &str) -> Result<&Path> {
+        let found = self.adapters.iter().find(|(id, _)| id == name);
+        found.map(|(_, path)| path.as_path()).ok_or_else(|| {
+            Error::unknown(
+                "adapter",
+                "adapter",
+                name,
+                self.adapters.iter().map(|(id, _)| id.as_str()),
+            )
+        })
+    }
+
+    pub fn base(&self) -> &SdxlModel {
+        &self.base
+    }
+
+    pub fn reference(&self) -> ModelRef {
+        ModelRef { id: self.id.clone(), sha256: self.sha256.clone() }
+    }
+
+    pub fn info(&self) -> ModelInfo {
+        let (default_width, default_height) = self.base.folder().default_size();
+        // Only a model that carries the scene world's CLIP was made for its captions.
+        let scenes = self.rewards.names().any(|name| name == "scene-clip");
+        let example_prompts = if scenes {
+            Split::Test.prompts(EXAMPLES).iter().map(ToString::to_string).collect()
+        } else {
+            vec!["a red circle left of a blue square".to_owned()]
+        };
+        ModelInfo {
+            id: self.id.clone(),
+            sha256: self.sha256.clone(),
+            default_width,
+            default_height,
+            default_steps: DEFAULT_STEPS,
+            default_guidance_scale: DEFAULT_GUIDANCE,
+            adapters: self.adapters.iter().map(|(id, _)| id.clone()).collect(),
+            unet_parameters: self.base.folder().unet_weights.parameters(),
+            example_prompts,
+        }
+    }
+}
+
+/// `NAME.safetensors` in the model's adapters folder, by name.
+fn adapter_files(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(|e| Error::file(folder, e))? {
+        let path = entry.map_err(|e| Error::file(folder, e))?.path();
+        if path.extension().is_some_and(|e| e == "safetensors") {
+            if let Some(stem) = path.file_stem().and_then(|s| s.to_str()) {
+                found.push((stem.to_owned(), path.clone()));
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}

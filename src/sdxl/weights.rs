@@ -1,0 +1,352 @@
+//! Named tensors: reading and writing safetensors, single or sharded, and
+//! handing them to the networks so that everything missing, mis-shaped or
+//! left over is reported at once.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use candle_core::{DType, Device, Tensor};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use super::config::read_json;
+use super::lora::LoraMap;
+use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear};
+use crate::util::write_atomic;
+use crate::{Error, Result};
+
+/// The tensors of one network.
+#[derive(Clone, Debug)]
+pub struct Weights {
+    tensors: Arc<HashMap<String, Tensor>>,
+    /// Where they came from, for messages.
+    source: PathBuf,
+}
+
+#[derive(Deserialize)]
+struct ShardIndex {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Weights {
+    pub fn new(tensors: HashMap<String, Tensor>, source: impl Into<PathBuf>) -> Self {
+        Self { tensors: Arc::new(tensors), source: source.into() }
+    }
+
+    /// Reads the weights of a component folder: `diffusion_pytorch_model` or
+    /// `model`, plain or `.fp16`, one file or shards with an index.
+    ///
+    /// # Errors
+    /// When no file is there, or one is unreadable or lacks an indexed tensor.
+    pub fn from_folder(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
+        let files = weight_files(folder)?;
+        let mut tensors = HashMap::new();
+        for file in &files {
+            for (name, tensor) in read_safetensors(file, device)? {
+                let tensor =
+                    if tensor.dtype().is_float() { tensor.to_dtype(dtype)? } else { tensor };
+                if tensors.insert(name.clone(), tensor).is_some() {
+                    return Err(Error::file(file, format!("tensor '{name}' is in two shards")));
+                }
+            }
+        }
+        Ok(Self::new(tensors, folder))
+    }
+
+    pub fn tensors(&self) -> &HashMap<String, Tensor> {
+        &self.tensors
+    }
+
+    /// Number of elements.
+    pub fn parameters(&self) -> u64 {
+        self.tensors.values().map(|t| t.elem_count() as u64).sum()
+    }
+
+    /// Builds a network from these weights.
+    ///
+    /// # Errors
+    /// Lists every tensor that is missing, has another shape, or was not asked for.
+    pub fn build<T>(
+        &self,
+        lora: Option<&LoraMap>,
+        make: impl FnOnce(&Scope) -> Result<T>,
+    ) -> Result<T> {
+        let report = Arc::new(Mutex::new(Report::default()));
+        let scope = Scope {
+            weights: self.clone(),
+            prefix: String::new(),
+            lora: lora.cloned().unwrap_or_default(),
+            report: report.clone(),
+        };
+        let made = make(&scope);
+        let report = report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let lists = report.lists(&self.tensors, lora);
+        if lists.is_empty() {
+            return made;
+        }
+        let summary = lists
+            .iter()
+            .map(|(what, names)| format!("{} {what}: {}", names.len(), names.join(", ")))
+            .collect::<Vec<_>>()
+            .join("; ");
+        Err(Error::Weights(format!(
+            "{}: weights do not fit the configuration: {summary}",
+            self.source.display()
+        )))
+    }
+}
+
+/// Tensors that hold no weight and that some writers include.
+fn is_buffer(name: &str) -> bool {
+    name.ends_with("position_ids")
+}
+
+#[derive(Debug, Default)]
+struct Report {
+    used: BTreeSet<String>,
+    used_lora: BTreeSet<String>,
+    missing: Vec<String>,
+    misshaped: Vec<String>,
+}
+
+impl Report {
+    fn lists(
+        &self,
+        tensors: &HashMap<String, Tensor>,
+        lora: Option<&LoraMap>,
+    ) -> Vec<(&'static str, Vec<String>)> {
+        let mut extra: Vec<String> =
+            tensors.keys().filter(|k| !self.used.contains(*k) && !is_buffer(k)).cloned().collect();
+        extra.sort();
+        let mut unmatched: Vec<String> = lora
+            .into_iter()
+            .flat_map(LoraMap::names)
+            .filter(|k| !self.used_lora.contains(*k))
+            .map(str::to_owned)
+            .collect();
+        unmatched.sort();
+        [
+            ("missing", self.missing.clone()),
+            ("of another shape", self.misshaped.clone()),
+            ("not part of the network", extra),
+            ("adapter modules without a layer", unmatched),
+        ]
+        .into_iter()
+        .filter(|(_, names)| !names.is_empty())
+        .collect()
+    }
+}
+
+/// A position in the tree of tensor names, from which layers are made.
+#[derive(Clone)]
+pub struct Scope {
+    weights: Weights,
+    prefix: String,
+    lora: LoraMap,
+    report: Arc<Mutex<Report>>,
+}
+
+impl Scope {
+    /// Goes down to `name` (which may hold dots).
+    pub fn at(&self, name: impl std::fmt::Display) -> Self {
+        let prefix = if self.prefix.is_empty() {
+            name.to_string()
+        } else {
+            format!("{}.{name}", self.prefix)
+        };
+        Self { prefix, ..self.clone() }
+    }
+
+    /// Marks a tensor that belongs to the file but not to the network's forward pass.
+    pub fn ignore(&self, name: &str) {
+        let mut report = self.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        report.used.insert(self.at(name).prefix);
+    }
+
+    /// Whether any tensor lies below this position's `name`.
+    pub fn has(&self, name: &str) -> bool {
+        let full = self.at(name).prefix;
+        let below = format!("{full}.");
+        self.weights.tensors.keys().any(|k| *k == full || k.starts_with(&below))
+    }
+
+    /// The tensor `name` of exactly this shape. What is wrong is noted for
+    /// [`Weights::build`] and zeros are returned, so that all faults are found.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let full = self.at(name).prefix;
+        let mut report = self.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        report.used.insert(full.clone());
+        match self.weights.tensors.get(&full) {
+            Some(tensor) if tensor.dims() == shape => Ok(tensor.clone()),
+            Some(tensor) => {
+                report
+                    .misshaped
+                    .push(format!("{full} (expected {shape:?}, got {:?})", tensor.dims()));
+                Ok(Tensor::zeros(shape, tensor.dtype(), tensor.device())?)
+            }
+            None => {
+                report.missing.push(format!("{full} {shape:?}"));
+                Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?)
+            }
+        }
+    }
+
+    fn low_rank(&self) -> Option<crate::nn::LowRank> {
+        let found = self.lora.get(&self.prefix).cloned();
+        if found.is_some() {
+            let mut report = self.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            report.used_lora.insert(self.prefix.clone());
+        }
+        found
+    }
+
+    pub fn linear(&self, input: usize, output: usize) -> Result<Linear> {
+        Ok(Linear {
+            bias: Some(self.tensor("bias", &[output])?),
+            ..self.linear_no_bias(input, output)?
+        })
+    }
+
+    pub fn linear_no_bias(&self, input: usize, output: usize) -> Result<Linear> {
+        Ok(Linear {
+            weight: self.tensor("weight", &[output, input])?,
+            bias: None,
+            adapter: self.low_rank(),
+        })
+    }
+
+    /// A square convolution; `padding` is symmetric.
+    pub fn conv(
+        &self,
+        input: usize,
+        output: usize,
+        kernel: usize,
+        stride: usize,
+        padding: usize,
+    ) -> Result<Conv2d> {
+        Ok(Conv2d {
+            weight: self.tensor("weight", &[output, input, kernel, kernel])?,
+            bias: Some(self.tensor("bias", &[output])?),
+            stride,
+            padding,
+            adapter: self.low_rank(),
+        })
+    }
+
+    pub fn group_norm(&self, groups: usize, channels: usize, eps: f64) -> Result<GroupNorm> {
+        if groups == 0 || !channels.is_multiple_of(groups) {
+            let message =
+                format!("{}: {channels} channels do not split into {groups} groups", self.prefix);
+            return Err(Error::invalid("norm_num_groups", message));
+        }
+        let (weight, bias) =
+            (self.tensor("weight", &[channels])?, self.tensor("bias", &[channels])?);
+        Ok(GroupNorm { groups, eps, weight, bias })
+    }
+
+    pub fn layer_norm(&self, width: usize, eps: f64) -> Result<LayerNorm> {
+        Ok(LayerNorm {
+            eps,
+            weight: self.tensor("weight", &[width])?,
+            bias: self.tensor("bias", &[width])?,
+        })
+    }
+}
+
+/// The files that hold a component's weights, in name order.
+pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut tried = Vec::new();
+    for stem in ["diffusion_pytorch_model", "model"] {
+        for variant in ["", ".fp16"] {
+            let single = folder.join(format!("{stem}{variant}.safetensors"));
+            if single.is_file() {
+                return Ok(vec![single]);
+            }
+            tried.push(format!("{stem}{variant}.safetensors"));
+            for index in [
+                format!("{stem}.safetensors.index{variant}.json"),
+                format!("{stem}{variant}.safetensors.index.json"),
+            ] {
+                let path = folder.join(&index);
+                if path.is_file() {
+                    let index: ShardIndex = read_json(&path)?;
+                    let names: BTreeSet<&String> = index.weight_map.values().collect();
+                    return Ok(names.into_iter().map(|n| folder.join(n)).collect());
+                }
+            }
+        }
+    }
+    Err(Error::file(
+        folder,
+        format!("no weights here: expected one of {} or a sharded index", tried.join(", ")),
+    ))
+}
+
+/// Reads every tensor of a safetensors file in its own dtype.
+pub fn read_safetensors(path: &Path, device: &Device) -> Result<HashMap<String, Tensor>> {
+    let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
+    candle_core::safetensors::load_buffer(&bytes, device).map_err(|e| Error::file(path, e))
+}
+
+/// Writes tensors with string metadata, atomically.
+pub fn write_safetensors(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    metadata: Option<HashMap<String, String>>,
+) -> Result<()> {
+    let on_cpu = tensors
+        .iter()
+        .map(|(name, t)| Ok((name.as_str(), t.to_device(&Device::Cpu)?.contiguous()?)))
+        .collect::<Result<Vec<_>>>()?;
+    let bytes = safetensors::serialize(on_cpu.iter().map(|(n, t)| (*n, t)), metadata)
+        .map_err(|e| Error::file(path, e))?;
+    write_atomic(path, &bytes)
+}
+
+/// Writes a component's weights as diffusers does: one file, or shards of at
+/// most `shard_bytes` with an index. `stem` is `model` or `diffusion_pytorch_model`.
+pub fn save_component(
+    folder: &Path,
+    stem: &str,
+    tensors: &BTreeMap<String, Tensor>,
+    shard_bytes: usize,
+) -> Result<()> {
+    let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
+    let mut shards: Vec<BTreeMap<String, Tensor>> = vec![BTreeMap::new()];
+    let (mut filled, mut total) = (0, 0);
+    for (name, tensor) in tensors {
+        if filled > 0 && filled + size(tensor) > shard_bytes {
+            shards.push(BTreeMap::new());
+            filled = 0;
+        }
+        filled += size(tensor);
+        total += size(tensor);
+        if let Some(shard) = shards.last_mut() {
+            shard.insert(name.clone(), tensor.clone());
+        }
+    }
+    let metadata = || Some(HashMap::from([("format".to_owned(), "pt".to_owned())]));
+    if let [only] = shards.as_slice() {
+        return write_safetensors(&folder.join(format!("{stem}.safetensors")), only, metadata());
+    }
+    let mut map = serde_json::Map::new();
+    for (i, shard) in shards.iter().enumerate() {
+        let file = format!("{stem}-{:05}-of-{:05}.safetensors", i + 1, shards.len());
+        map.extend(shard.keys().map(|k| (k.clone(), file.clone().into())));
+        write_safetensors(&folder.join(&file), shard, metadata())?;
+    }
+    let index = serde_json::json!({"metadata": {"total_size": total}, "weight_map": map});
+    let path = folder.join(format!("{stem}.safetensors.index.json"));
+    write_atomic(&path, format!("{index:#}\n").as_bytes())
+}
+
+/// SHA-256 over files in the given order, hex.
+pub fn sha256_of(files: &[PathBuf]) -> Result<String> {
+    let mut hash = Sha256::new();
+    for file in files {
+        let mut reader = std::fs::File::open(file).map_err(|e| Error::file(file, e))?;
+        std::io::copy(&mut reader, &mut hash).map_err(|e| Error::file(file, e))?;
+    }
+    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+}

@@ -1,0 +1,90 @@
+//! Best-of-N: random search over initial noise (Ma et al. 2025, arXiv 2501.09732, sec. 3).
+
+use serde_json::{Map, Value, json};
+
+use super::best::Best;
+use super::env::{EnvSpec, Kernel, SearchEnv};
+use super::method::{Outcome, Plan, SearchMethod};
+use super::params::{Params, describe};
+use crate::diffusion::cost::{Budget, Units};
+use crate::diffusion::noise::NoiseKey;
+use crate::{Error, Result};
+
+/// Candidates without a parameter and without a budget.
+const DEFAULT_CANDIDATES: u64 = 4;
+const MOST_CANDIDATES: u64 = 1 << 20;
+
+/// Cost: N trajectories, V = Y = N. Candidate 0 is the plain image of the seed.
+#[derive(Clone, Copy, Debug)]
+pub struct BestOfN;
+
+struct Choice {
+    kernel: Kernel,
+    candidates: Option<u64>,
+}
+
+fn choice(params: &Map<String, Value>) -> Result<Choice> {
+    let params = Params::new(params, &BestOfN.params())?;
+    Ok(Choice {
+        kernel: params.choice("kernel", &Kernel::OPTIONS)?.unwrap_or(Kernel::Ode),
+        candidates: params.integer("candidates", 1..=MOST_CANDIDATES)?,
+    })
+}
+
+/// The most candidates that fit; at least 1, which `Plan::new` refuses when it does not.
+fn affordable(budget: &Budget, one: Units) -> Option<u64> {
+    [(budget.f, one.f), (budget.v, one.v), (budget.y, one.y)]
+        .into_iter()
+        .filter_map(|(bound, one)| bound.map(|bound| bound / one.max(1)))
+        .min()
+        .map(|n| n.clamp(1, MOST_CANDIDATES))
+}
+
+impl SearchMethod for BestOfN {
+    fn name(&self) -> &'static str {
+        "best-of-n"
+    }
+
+    fn summary(&self) -> &'static str {
+        "N independent trajectories, the one with the best reward is returned"
+    }
+
+    fn params(&self) -> Map<String, Value> {
+        let candidates = "N; absent: what the budget affords, or 4 without a budget";
+        let kernel = "ode: the request's solver; sde: DDIM with eta 1";
+        Map::from_iter([
+            ("candidates".to_owned(), describe("integer", Value::Null, candidates)),
+            ("kernel".to_owned(), describe("string", json!("ode"), kernel)),
+        ])
+    }
+
+    fn needs_reward(&self) -> bool {
+        true
+    }
+
+    fn plan(&self, params: &Map<String, Value>, spec: &EnvSpec, budget: &Budget) -> Result<Plan> {
+        let Choice { kernel, candidates } = choice(params)?;
+        if !spec.searches {
+            return Err(Error::invalid("reward", "best-of-n needs a reward to search for"));
+        }
+        let cost = |n: u64| spec.cost(n * spec.trajectory_f(kernel), n);
+        let n = candidates.or(affordable(budget, cost(1))).unwrap_or(DEFAULT_CANDIDATES);
+        let params = Map::from_iter([
+            ("candidates".to_owned(), json!(n)),
+            ("kernel".to_owned(), json!(kernel.name())),
+        ]);
+        Plan::new(self.name(), params, cost(n), budget)
+    }
+
+    fn run(&self, plan: &Plan, env: &mut SearchEnv, key: &NoiseKey) -> Result<Outcome> {
+        let Choice { kernel, candidates } = choice(&plan.params)?;
+        let mut best = Best::default();
+        for candidates in env.chunks(0..candidates.unwrap_or(1)) {
+            let latents = env.sample(key, kernel, &candidates)?;
+            let images = env.decoder.decode(&latents)?;
+            let scores = env.verifier.score(&images, env.prompt)?;
+            best.offer(env, &latents, images, &scores)?;
+        }
+        best.finish(env)
+    }
+}

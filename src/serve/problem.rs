@@ -1,0 +1,223 @@
+//! RFC 9457 problem details: every error that the server answers.
+
+use std::fmt;
+
+use actix_web::http::{StatusCode, header};
+use actix_web::{HttpResponse, ResponseError};
+use serde::Serialize;
+
+use crate::Error;
+
+/// The catalogue of problems. 400 is a body that is not the documented shape,
+/// 422 is the right shape with a value that cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    MalformedJson,
+    InvalidBody,
+    NotFound,
+    MethodNotAllowed,
+    BodyTimeout,
+    BodyTooLarge,
+    UnsupportedMediaType,
+    InvalidValue,
+    UnknownName,
+    Budget,
+    QueueFull,
+    Internal,
+    NotReady,
+    Draining,
+}
+
+impl Kind {
+    /// All of them, for documentation and tests.
+    pub const ALL: [Self; 14] = [
+        Self::MalformedJson,
+        Self::InvalidBody,
+        Self::NotFound,
+        Self::MethodNotAllowed,
+        Self::BodyTimeout,
+        Self::BodyTooLarge,
+        Self::UnsupportedMediaType,
+        Self::InvalidValue,
+        Self::UnknownName,
+        Self::Budget,
+        Self::QueueFull,
+        Self::Internal,
+        Self::NotReady,
+        Self::Draining,
+    ];
+
+    fn parts(self) -> (u16, &'static str, &'static str) {
+        match self {
+            Self::MalformedJson => (400, "malformed-json", "The body is not JSON"),
+            Self::InvalidBody => (400, "invalid-body", "The body has the wrong shape"),
+            Self::NotFound => (404, "not-found", "No such resource"),
+            Self::MethodNotAllowed => {
+                (405, "method-not-allowed", "The resource does not take this method")
+            }
+            Self::BodyTimeout => (408, "body-timeout", "The body took too long to arrive"),
+            Self::BodyTooLarge => (413, "body-too-large", "The body is too large"),
+            Self::UnsupportedMediaType => {
+                (415, "unsupported-media-type", "The body must be application/json")
+            }
+            Self::InvalidValue => (422, "invalid-value", "A value cannot be used"),
+            Self::UnknownName => (422, "unknown-name", "Nothing is registered under this name"),
+            Self::Budget => (422, "budget", "The work does not fit its budget"),
+            Self::QueueFull => (429, "queue-full", "The queue is full"),
+            Self::Internal => (500, "internal", "The server failed"),
+            Self::NotReady => (503, "not-ready", "The server is not ready yet"),
+            Self::Draining => (503, "draining", "The server is shutting down"),
+        }
+    }
+
+    /// The last part of the problem's `type`.
+    #[must_use]
+    pub fn slug(self) -> &'static str {
+        self.parts().1
+    }
+
+    /// The HTTP status that answers it.
+    #[must_use]
+    pub fn status(self) -> u16 {
+        self.parts().0
+    }
+
+    /// What the problem is, the same for every occurrence.
+    #[must_use]
+    pub fn title(self) -> &'static str {
+        self.parts().2
+    }
+}
+
+/// One error answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    pub kind: Kind,
+    pub detail: String,
+    /// The request field at fault, as a path: `method.name`.
+    pub field: Option<String>,
+    /// Names the log line of an internal failure.
+    pub instance: Option<String>,
+    /// Seconds.
+    pub retry_after: Option<u64>,
+    /// The methods that the resource does take.
+    pub allow: Option<&'static str>,
+}
+
+/// The answer's body, in the words of RFC 9457.
+#[derive(Serialize)]
+struct Body<'a> {
+    r#type: String,
+    title: &'static str,
+    status: u16,
+    detail: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    field: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    instance: Option<&'a str>,
+}
+
+impl Problem {
+    /// A problem of one kind with what is particular to this occurrence.
+    pub fn new(kind: Kind, detail: impl Into<String>) -> Self {
+        Self {
+            kind,
+            detail: detail.into(),
+            field: None,
+            instance: None,
+            retry_after: None,
+            allow: None,
+        }
+    }
+
+    /// A problem with one field of the request; the detail starts with its name.
+    pub fn field(kind: Kind, field: impl Into<String>, message: impl fmt::Display) -> Self {
+        let field = field.into();
+        let mut problem = Self::new(kind, format!("{field}: {message}"));
+        problem.field = Some(field);
+        problem
+    }
+
+    /// An internal failure: the log gets the cause, the caller its identifier.
+    pub fn internal(cause: impl fmt::Display) -> Self {
+        let id = uuid::Uuid::now_v7();
+        tracing::error!(instance = %id, "{cause}");
+        let mut problem = Self::new(
+            Kind::Internal,
+            "the request was understood but running it failed; the server's log has the cause \
+             under this instance",
+        );
+        problem.instance = Some(format!("urn:uuid:{id}"));
+        problem
+    }
+
+    /// Tells the caller when to try again.
+    #[must_use]
+    pub fn retry_after(mut self, seconds: u64) -> Self {
+        self.retry_after = Some(seconds);
+        self
+    }
+}
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Invalid { field, message } => Self::field(Kind::InvalidValue, field, message),
+            Error::Unknown { ref field, .. } => {
+                let field = field.clone();
+                let mut problem = Self::new(Kind::UnknownName, error.to_string());
+                problem.field = Some(field);
+                problem
+            }
+            Error::Budget(_) => {
+                let mut problem = Self::new(Kind::Budget, error.to_string());
+                problem.field = Some("budget".to_owned());
+                problem
+            }
+            // Only a stopping server cancels work whose client still waits.
+            Error::Cancelled => Self::new(
+                Kind::Draining,
+                "the server stopped before this work was finished; send it again later",
+            ),
+            error @ (Error::File { .. } | Error::Weights(_) | Error::Tensor(_)) => {
+                Self::internal(error)
+            }
+        }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.kind.title(), self.detail)
+    }
+}
+
+impl std::error::Error for Problem {}
+
+impl ResponseError for Problem {
+    fn status_code(&self) -> StatusCode {
+        StatusCode::from_u16(self.kind.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+    }
+
+    fn error_response(&self) -> HttpResponse {
+        let mut response = HttpResponse::build(self.status_code());
+        response.insert_header((header::CONTENT_TYPE, "application/problem+json"));
+        response.insert_header((header::CACHE_CONTROL, "no-store"));
+        if let Some(seconds) = self.retry_after {
+            response.insert_header((header::RETRY_AFTER, seconds.to_string()));
+        }
+        if let Some(allow) = self.allow {
+            response.insert_header((header::ALLOW, allow));
+        }
+        let body = Body {
+            r#type: format!("urn:problem-type:diffusion-sharpening:{}", self.kind.slug()),
+            title: self.kind.title(),
+            status: self.kind.status(),
+            detail: &self.detail,
+            field: self.field.as_deref(),
+            instance: self.instance.as_deref(),
+        };
+        // Strings and numbers only: this always serialises.
+        response.body(serde_json::to_vec(&body).unwrap_or_default())
+    }
+}

@@ -1,0 +1,6 @@
+//! Sampling methods on closed-form models, through the public API.
+
+mod bed;
+mod gaussian;
+mod methods;
+mod trajectory;
