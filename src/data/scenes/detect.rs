@@ -19,6 +19,8 @@ const MOST: usize = 12;
 const SHAPE_SOFTNESS: f64 = 0.016;
 /// A fit at least this good needs no attempt at parting the region.
 const GOOD_FIT: f32 = 0.86;
+/// Parts must fit at least this well, lest any blob be read as several shapes.
+const GOOD_PARTS: f32 = 0.80;
 
 /// One object found in an image. Positions are fractions of the width and the
 /// height; the distributions are in the order of the words' `ALL`.
@@ -34,6 +36,8 @@ pub struct Detection {
     pub colours: [f64; 8],
     /// May sum to less than 1: the rest is "another pattern".
     pub textures: [f64; 3],
+    /// Intersection over union with the best shape, in [0, 1].
+    pub overlap: f64,
     /// That this is an object of the world at all.
     pub confidence: f64,
 }
@@ -124,7 +128,7 @@ impl Finder<'_> {
             let pixels: usize = parts.iter().map(|p| p.region.len()).sum();
             let fit: f32 = parts.iter().map(|p| p.best().iou * p.region.len() as f32).sum::<f32>()
                 / pixels.max(1) as f32;
-            if fit > whole + 0.06 {
+            if fit > GOOD_PARTS.max(whole + 0.06) {
                 return parts;
             }
             object.region.iter().for_each(|&k| self.owner[k] = object.label);
@@ -152,7 +156,8 @@ fn describe(raster: &Raster, object: &Object) -> Detection {
         shapes: shapes(&object.fits, best.iou),
         textures: appearance::textures(raster, &inside, likeliest),
         colours,
-        confidence: confidence(raster, object, &inside, best.iou),
+        overlap: f64::from(best.iou),
+        confidence: confidence(raster, object, &inside, best),
     }
 }
 
@@ -168,11 +173,13 @@ fn shapes(fits: &[Fit], best: f32) -> [f64; 6] {
 
 /// An object of the world fits some shape, stands out, and is neither a speck
 /// nor most of the image.
-fn confidence(raster: &Raster, object: &Object, inside: &[usize], iou: f32) -> f64 {
+fn confidence(raster: &Raster, object: &Object, inside: &[usize], best: Fit) -> f64 {
+    // Pixels are coarse for a small object, which costs some overlap.
+    let even = 0.82 - 0.25 / f64::from(best.radius);
     let mut contrast: Vec<f32> = inside.iter().map(|&k| raster.contrast[k]).collect();
     let contrast = f64::from(raster::median(&mut contrast));
     let area = object.region.len() as f64 / f64::from(raster.side()).powi(2);
-    logistic((f64::from(iou) - 0.68) / 0.035)
+    logistic((f64::from(best.iou) - even) / 0.032)
         * logistic((contrast - 45.0) / 6.0)
         * logistic((area - 0.008) / 0.0012)
         * logistic((0.55 - area) / 0.03)

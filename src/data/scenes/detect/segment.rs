@@ -2,7 +2,7 @@
 
 use super::appearance::nearest_colour;
 use super::raster::Raster;
-use super::template::Patch;
+use super::template::{GAIN, Patch};
 
 /// Pixels of one object, as indices into the raster.
 pub(super) type Region = Vec<usize>;
@@ -71,8 +71,8 @@ fn neighbours(raster: &Raster, k: usize) -> [Option<usize>; 4] {
     ]
 }
 
-/// How much of each pixel in and around `region` it covers. Inside it is 1;
-/// on its edge the pixel's contrast is compared with the strongest beside it.
+/// How much of each pixel in and around `region` it covers: 1 well inside, else
+/// the pixel's contrast as a share of what is usual inside.
 pub(super) fn patch(raster: &Raster, region: &[usize], owner: &[u32], label: u32) -> Patch {
     const PAD: usize = 4;
     let (w, h) = (raster.width, raster.height);
@@ -84,40 +84,47 @@ pub(super) fn patch(raster: &Raster, region: &[usize], owner: &[u32], label: u32
     let (x0, y0) = (x0.saturating_sub(PAD), y0.saturating_sub(PAD));
     let (x1, y1) = ((x1 + PAD).min(w - 1), (y1 + PAD).min(h - 1));
     let width = x1 - x0 + 1;
+    let within = |k: usize, reach| surrounded(raster, owner, k, reach);
+    let usual = usual_contrast(raster, region, |k| within(k, 1));
     let mut alpha = Vec::with_capacity(width * (y1 - y0 + 1));
     for y in y0..=y1 {
         for x in x0..=x1 {
-            alpha.push(coverage(raster, owner, label, x, y));
+            let k = y * w + x;
+            alpha.push(if owner[k] != label && owner[k] != 0 {
+                0.0
+            } else if owner[k] == label && within(k, 2) {
+                1.0
+            } else {
+                ((raster.contrast[k] / usual - 0.5) * GAIN + 0.5).clamp(0.0, 1.0)
+            });
         }
     }
     Patch { x0, y0, width, alpha }
 }
 
-fn coverage(raster: &Raster, owner: &[u32], label: u32, x: usize, y: usize) -> f32 {
+/// Whether no pixel within `reach` of `k` is background.
+fn surrounded(raster: &Raster, owner: &[u32], k: usize, reach: usize) -> bool {
     let (w, h) = (raster.width, raster.height);
-    let k = y * w + x;
-    let here = owner[k];
-    if here != label && here != 0 {
-        return 0.0;
+    let (x, y) = (k % w, k / w);
+    let columns = x.saturating_sub(reach)..=(x + reach).min(w - 1);
+    (y.saturating_sub(reach)..=(y + reach).min(h - 1))
+        .all(|j| columns.clone().all(|i| owner[j * w + i] != 0))
+}
+
+/// A contrast that most pixels inside the region reach, in either tone of a texture.
+fn usual_contrast(raster: &Raster, region: &[usize], inside: impl Fn(usize) -> bool) -> f32 {
+    let mut contrast: Vec<f32> =
+        region.iter().filter(|&&k| inside(k)).map(|&k| raster.contrast[k]).collect();
+    if contrast.len() < 6 {
+        contrast = region.iter().map(|&k| raster.contrast[k]).collect();
+        contrast.sort_by(|a, b| b.total_cmp(a));
+        contrast.truncate(region.len().div_ceil(2));
     }
-    // Strongest contrast of the region among the eight pixels around.
-    let (mut strongest, mut inside) = (0.0_f32, here == label);
-    for j in y.saturating_sub(1)..=(y + 1).min(h - 1) {
-        for i in x.saturating_sub(1)..=(x + 1).min(w - 1) {
-            let n = j * w + i;
-            if owner[n] == label {
-                strongest = strongest.max(raster.contrast[n]);
-            } else if owner[n] == 0 {
-                inside = false;
-            }
-        }
-    }
-    if inside {
+    let rank = contrast.len() * 35 / 100;
+    if contrast.is_empty() {
         1.0
-    } else if strongest > 0.0 {
-        (raster.contrast[k] / strongest).min(1.0)
     } else {
-        0.0
+        contrast.select_nth_unstable_by(rank, f32::total_cmp).1.max(1.0)
     }
 }
 
