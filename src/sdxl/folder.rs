@@ -71,7 +71,8 @@ impl ModelFolder {
             let tower = weights.build(None, |scope| ClipText::load(scope, &config))?;
             Ok((weights, tower))
         };
-        let ((weights_1, text_1), (weights_2, text_2)) = (tower("text_encoder")?, tower("text_encoder_2")?);
+        let ((weights_1, text_1), (weights_2, text_2)) =
+            (tower("text_encoder")?, tower("text_encoder_2")?);
         let width = text_1.config().hidden_size + text_2.config().hidden_size;
         if width != unet_config.cross_attention_dim {
             let message = format!(
@@ -125,7 +126,10 @@ impl ModelFolder {
                 .tensors()
                 .iter()
                 .map(|(key, t)| {
-                    Ok((key.clone(), if t.dtype().is_float() { t.to_dtype(dtype)? } else { t.clone() }))
+                    Ok((
+                        key.clone(),
+                        if t.dtype().is_float() { t.to_dtype(dtype)? } else { t.clone() },
+                    ))
                 })
                 .collect::<Result<_>>()?;
             copy(&self.path.join(name).join("config.json"), &out.join(name).join("config.json"))?;
