@@ -1,9 +1,10 @@
 //! Accuracy on scenes whose truth is known.
 
 use diffusion_sharpening::data::scenes::evaluate::Summary;
+use diffusion_sharpening::data::scenes::judge::judge_detections;
 use diffusion_sharpening::data::scenes::render::render;
 use diffusion_sharpening::data::scenes::{
-    Caption, Category, ClaimKind, Colour, Scene, Shape, Texture, judge,
+    Caption, Category, ClaimKind, Colour, Judgement, Relation, Scene, Shape, Texture, detect, judge,
 };
 use image::{Rgb, RgbImage};
 use proptest::prelude::*;
@@ -22,13 +23,19 @@ fn scene(seed: u64, index: u64) -> (Caption, Scene, ChaCha8Rng) {
     (caption, scene, rng)
 }
 
-/// Judges `n` scenes as `draw` draws them.
+/// `n` scenes, or `JUDGE_SCALE` times as many for finer numbers.
+fn scaled(n: u64) -> u64 {
+    let scale = std::env::var("JUDGE_SCALE").ok().and_then(|s| s.parse().ok());
+    n * scale.unwrap_or(1)
+}
+
+/// Judges `scaled(n)` scenes as `draw` draws them.
 fn measure(
     seed: u64,
     n: u64,
     draw: impl Fn(&Scene, &mut ChaCha8Rng) -> RgbImage + Sync,
 ) -> Summary {
-    let judged: Vec<_> = (0..n)
+    let judged: Vec<_> = (0..scaled(n))
         .into_par_iter()
         .map(|i| {
             let (caption, scene, mut rng) = scene(seed, i);
@@ -63,14 +70,9 @@ fn header(title: &str) {
 #[test]
 fn true_claims_hold() {
     header("true claims hold");
-    for (w, h, n) in [
-        (64, 64, 2400),
-        (48, 48, 600),
-        (96, 96, 600),
-        (128, 128, 300),
-        (96, 64, 600),
-        (64, 96, 600),
-    ] {
+    for (w, h, n) in
+        [(64, 64, 900), (48, 48, 240), (96, 96, 180), (128, 128, 90), (96, 64, 180), (64, 96, 180)]
+    {
         let summary = measure(1, n, |s, _| render(s, w, h));
         row(&format!("{w}x{h}"), &summary);
         assert!(summary.claim_accuracy() >= 0.998, "{w}x{h}: {summary}");
@@ -80,7 +82,7 @@ fn true_claims_hold() {
 
 #[test]
 fn large_images_are_judged_too() {
-    let summary = measure(2, 24, |s, _| render(s, 512, 384));
+    let summary = measure(2, 12, |s, _| render(s, 512, 384));
     assert!(summary.claim_accuracy() >= 0.99, "{summary}");
 }
 
@@ -88,9 +90,9 @@ fn large_images_are_judged_too() {
 fn small_images_keep_shape_colour_and_place() {
     header("small images");
     for size in [16, 24, 32, 40] {
-        row(&format!("{size}x{size}"), &measure(3, 600, |s, _| render(s, size, size)));
+        row(&format!("{size}x{size}"), &measure(3, 150, |s, _| render(s, size, size)));
     }
-    let summary = measure(3, 600, |s, _| render(s, 32, 32));
+    let summary = measure(3, 150, |s, _| render(s, 32, 32));
     for kind in [ClaimKind::Colour, ClaimKind::Relation, ClaimKind::Count, ClaimKind::Shape] {
         assert!(summary.kind_accuracy(kind) >= 0.97, "{kind:?}: {summary}");
     }
@@ -115,13 +117,13 @@ fn damage_of_a_small_autoencoder_flips_no_claims() {
         }),
     ];
     for (name, damage) in kinds {
-        let summary = measure(4, 900, damage);
+        let summary = measure(4, 150, damage);
         row(name, &summary);
         assert!(summary.claim_accuracy() >= 0.98, "{name}: {summary}");
     }
     for wide in [48, 96] {
         let summary =
-            measure(5, 300, |s, r| uniform_noise(&blur(&render(s, wide, size), 0.7), 8.0, r));
+            measure(5, 60, |s, r| uniform_noise(&blur(&render(s, wide, size), 0.7), 8.0, r));
         row(&format!("blur, noise at {wide}x{size}"), &summary);
         assert!(summary.claim_accuracy() >= 0.98, "{wide}: {summary}");
     }
@@ -161,8 +163,10 @@ fn falsify(
             if object > 0 {
                 return None;
             }
-            // Seldom the opposite, else one that the layout rules out as well.
-            changed.relation = Some(caption.relation?.inverse());
+            // The layout keeps the offset across well below the one along, so
+            // that the two relations at right angles are false too.
+            let drawn = caption.relation?;
+            changed.relation = Some(others(Relation::ALL, |r| r != drawn, rng)?);
         }
         ClaimKind::Count => {
             let n = o.count?;
@@ -176,14 +180,13 @@ fn falsify(
 #[test]
 fn false_claims_are_rejected() {
     header("false claims rejected");
-    for (w, h, n) in [(64, 64, 1500), (48, 48, 400), (96, 96, 400), (128, 128, 200), (96, 64, 400)]
-    {
-        let results: Vec<(ClaimKind, bool, String)> = (0..n)
+    for (w, h, n) in [(64, 64, 600), (48, 48, 180), (96, 96, 120), (128, 128, 90), (96, 64, 120)] {
+        let results: Vec<(ClaimKind, bool, String)> = (0..scaled(n))
             .into_par_iter()
             .flat_map_iter(|i| {
                 let (caption, scene, mut rng) = scene(6, i);
                 let image = render(&scene, w, h);
-                let detections = diffusion_sharpening::data::scenes::detect(&image);
+                let detections = detect(&image);
                 let mut out = Vec::new();
                 for &kind in ClaimKind::ALL {
                     for object in 0..caption.objects.len() {
@@ -191,10 +194,7 @@ fn false_claims_are_rejected() {
                         else {
                             continue;
                         };
-                        let judgement = diffusion_sharpening::data::scenes::judge::judge_detections(
-                            &detections,
-                            &changed,
-                        );
+                        let judgement = judge_detections(&detections, &changed);
                         let verdict = judgement
                             .verdicts
                             .iter()
@@ -226,7 +226,7 @@ fn scores_fall_with_damage() {
                 levels: &[f64],
                 damage: &(dyn Fn(&Scene, f64, &mut ChaCha8Rng) -> RgbImage + Sync)| {
         let means: Vec<f64> =
-            levels.iter().map(|&l| measure(7, 180, |s, r| damage(s, l, r)).mean_score()).collect();
+            levels.iter().map(|&l| measure(7, 36, |s, r| damage(s, l, r)).mean_score()).collect();
         println!("{name}: {levels:?} -> {means:.3?}");
         for pair in means.windows(2) {
             assert!(pair[1] <= pair[0] + 0.01, "{name}: {means:?}");
@@ -252,7 +252,7 @@ fn scores_fall_with_damage() {
 
 #[test]
 fn order_around_and_does_not_matter() {
-    for i in 0..240 {
+    for i in 0..120 {
         let (caption, scene, _) = scene(8, i);
         let image = render(&scene, 64, 64);
         let said = judge(&image, &caption);
@@ -262,13 +262,26 @@ fn order_around_and_does_not_matter() {
         let again = judge(&image, &swapped);
         assert!((said.score - again.score).abs() < 1e-9, "{caption}");
         assert_eq!(said.all_hold, again.all_hold, "{caption}");
-        let sorted = |j: &diffusion_sharpening::data::scenes::Judgement| {
+        let sorted = |j: &Judgement| {
             let mut scores: Vec<i64> =
                 j.verdicts.iter().map(|v| (v.score * 1e9).round() as i64).collect();
             scores.sort_unstable();
             scores
         };
         assert_eq!(sorted(&said), sorted(&again), "{caption}");
+    }
+}
+
+#[test]
+fn an_article_allows_more_and_a_number_does_not() {
+    let said = |text: &str| Caption::parse(text).unwrap();
+    let scene = Scene::sample(&said("three red stars"), &mut ChaCha8Rng::seed_from_u64(12));
+    let image = render(&scene, 64, 64);
+    for text in ["a red star", "three red stars", "three stars", "a star and a red star"] {
+        assert!(judge(&image, &said(text)).all_hold, "{text}");
+    }
+    for text in ["two red stars", "four red stars", "one star", "a star and a circle"] {
+        assert!(!judge(&image, &said(text)).all_hold, "{text}");
     }
 }
 

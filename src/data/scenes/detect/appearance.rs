@@ -113,18 +113,13 @@ fn modulation(raster: &Raster, inside: &[usize], colour: usize) -> (f32, f32) {
         let (sin_y, cos_y) = (TAU * y / period).sin_cos();
         let (sin_x, cos_x) = (TAU * x / period).sin_cos();
         let basis = [1.0, x / period, y / period, cos_y, sin_y, cos_x, sin_x].map(f64::from);
-        for i in 0..TERMS {
-            for j in 0..=i {
-                normal[i][j] += basis[i] * basis[j];
-            }
-            right[i] += basis[i] * f64::from(tone.clamp(-0.5, 1.5));
+        for ((row, r), b) in normal.iter_mut().zip(&mut right).zip(basis) {
+            row.iter_mut().zip(basis).for_each(|(cell, other)| *cell += b * other);
+            *r += b * f64::from(tone.clamp(-0.5, 1.5));
         }
     }
-    for i in 0..TERMS {
-        for j in i + 1..TERMS {
-            normal[i][j] = normal[j][i];
-        }
-        normal[i][i] += 0.02 * f64::from(n);
+    for (i, row) in normal.iter_mut().enumerate() {
+        row[i] += 0.02 * f64::from(n);
     }
     let Some(w) = super::solve(normal, right) else { return (0.0, 0.0) };
     // A pixel averages over its width, which weakens a short period.

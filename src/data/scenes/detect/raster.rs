@@ -179,9 +179,9 @@ impl Background {
         // A light pull to a flat background keeps the slopes tame.
         normal[1][1] += 1e-3 * normal[0][0];
         normal[2][2] += 1e-3 * normal[0][0];
-        for c in 0..3 {
-            if let Some(solution) = super::solve(normal, right[c]) {
-                self.plane[c] = solution.map(|v| v as f32);
+        for (plane, right) in self.plane.iter_mut().zip(right) {
+            if let Some(solution) = super::solve(normal, right) {
+                *plane = solution.map(|v| v as f32);
             }
         }
     }
