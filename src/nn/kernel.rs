@@ -44,6 +44,21 @@ pub fn sigmoid<T: Real>(x: T) -> T {
     T::ONE / (T::ONE + (-x).exponential())
 }
 
+/// Σ f(v) in sixteen partial sums, so that the loop vectorises.
+#[inline(always)]
+pub fn sum_by<T: Real>(values: &[T], f: impl Fn(T) -> T) -> T {
+    const LANES: usize = 16;
+    let mut lanes = [T::ZERO; LANES];
+    let chunks = values.chunks_exact(LANES);
+    let rest: T = chunks.remainder().iter().map(|v| f(*v)).sum();
+    for chunk in chunks {
+        for (lane, v) in lanes.iter_mut().zip(chunk) {
+            *lane += f(*v);
+        }
+    }
+    lanes.into_iter().sum::<T>() + rest
+}
+
 /// Whether the fused CPU kernels apply to this tensor.
 pub fn fused(x: &Tensor) -> bool {
     x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::F64)
