@@ -224,9 +224,9 @@ fn softmax_and_attention() {
 #[test]
 fn activations() {
     let x = (normal(1, &[4, 9]) * 3.0).unwrap();
-    check("silu", BAR, &[x.clone()], &|x| Activation::Silu.forward(&x[0]));
-    check("quick gelu", BAR, &[x.clone()], &|x| Activation::QuickGelu.forward(&x[0]));
-    check("gelu", GELU_BAR, &[x.clone()], &|x| Activation::Gelu.forward(&x[0]));
+    check("silu", BAR, std::slice::from_ref(&x), &|x| Activation::Silu.forward(&x[0]));
+    check("quick gelu", BAR, std::slice::from_ref(&x), &|x| Activation::QuickGelu.forward(&x[0]));
+    check("gelu", GELU_BAR, std::slice::from_ref(&x), &|x| Activation::Gelu.forward(&x[0]));
     check("silu transposed", BAR, &[x], &|x| Activation::Silu.forward(&x[0].t()?)?.t());
 }
 
@@ -234,16 +234,21 @@ fn activations() {
 fn resampling_and_embedding() {
     let x = normal(1, &[2, 3, 3, 4]);
     for (height, width) in [(6, 8), (5, 7), (6, 7), (3, 4), (2, 3), (6, 4)] {
-        check(&format!("nearest 3x4 to {height}x{width}"), BAR, &[x.clone()], &|x| {
+        check(&format!("nearest 3x4 to {height}x{width}"), BAR, std::slice::from_ref(&x), &|x| {
             nearest(&x[0], height, width)
         });
         // candle's own operation loses one of the two gradients here, by order of use.
-        check(&format!("nearest to {height}x{width}, two consumers"), BAR, &[x.clone()], &|x| {
-            let before = x[0].sqr()?.mean_all()?;
-            let up = nearest(&x[0], height, width)?;
-            let after = x[0].sin()?.sum_all()?;
-            up.broadcast_mul(&(before + after)?)
-        });
+        check(
+            &format!("nearest to {height}x{width}, two consumers"),
+            BAR,
+            std::slice::from_ref(&x),
+            &|x| {
+                let before = x[0].sqr()?.mean_all()?;
+                let up = nearest(&x[0], height, width)?;
+                let after = x[0].sin()?.sum_all()?;
+                up.broadcast_mul(&(before + after)?)
+            },
+        );
     }
     for (dim, flip, shift) in [(8, true, 0.0), (8, false, 1.0), (7, true, 0.0)] {
         let t = Tensor::new(&[0.3_f64, 7.5, 981.0], &Device::Cpu).unwrap();
@@ -299,7 +304,9 @@ fn the_composed_path_equals_the_fused_one() {
     compare("softmax", &[normal(1, &[3, 7])], &|x| softmax(&x[0]));
     let x = (normal(1, &[40]) * 3.0).unwrap();
     for activation in [Activation::Silu, Activation::QuickGelu, Activation::Gelu] {
-        compare(&format!("{activation:?}"), &[x.clone()], &|x| activation.forward(&x[0]));
+        compare(&format!("{activation:?}"), std::slice::from_ref(&x), &|x| {
+            activation.forward(&x[0])
+        });
     }
     let conv = [image, normal(2, &[3, 4, 3, 3]), normal(3, &[3])];
     compare("conv", &conv, &conv_of(1, 1));
@@ -318,7 +325,7 @@ fn activations_stay_finite_far_out() {
         let x = x.unwrap().to_dtype(dtype).unwrap();
         for activation in [Activation::Silu, Activation::QuickGelu, Activation::Gelu] {
             let f = |x: &[Tensor]| activation.forward(&x[0]);
-            let y = values(&f(&[x.clone()]).unwrap());
+            let y = values(&f(std::slice::from_ref(&x)).unwrap());
             // The product of slope and x overflows half precision before x does.
             if !(dtype == DType::F16 && activation == Activation::QuickGelu) {
                 assert!(y.iter().all(|v| v.is_finite()), "{activation:?} {dtype:?}: {y:?}");
@@ -368,7 +375,7 @@ fn layout_and_batch_do_not_matter() {
         let strided = x.transpose(last, last - 1).unwrap().contiguous().unwrap();
         let strided = strided.transpose(last, last - 1).unwrap();
         assert!(!strided.is_contiguous());
-        let (dense, y) = (f(&[x.clone()]).unwrap(), f(&[strided]).unwrap());
+        let (dense, y) = (f(std::slice::from_ref(&x)).unwrap(), f(&[strided]).unwrap());
         assert_eq!(values(&dense), values(&y), "{name}: a strided input matters");
         // A view into the middle of a larger tensor.
         let padded = Tensor::cat(&[&x, &x, &x], 0).unwrap().narrow(0, 4, 4).unwrap();
@@ -406,7 +413,8 @@ fn large_inputs_give_what_small_ones_give() {
         ("quick gelu", &|x| Activation::QuickGelu.forward(&x[0])),
     ];
     for (name, f) in layers {
-        let (all, wide) = (f(&[x.clone()]).unwrap(), f(&[x.to_dtype(DType::F64).unwrap()]));
+        let (all, wide) =
+            (f(std::slice::from_ref(&x)).unwrap(), f(&[x.to_dtype(DType::F64).unwrap()]));
         if name != "group norm silu" && name != "conv" {
             let error = relative_error(&all, &wide.unwrap());
             assert!(error < 1e-6, "{name}: f32 differs from f64 by {error:.1e}");
@@ -415,7 +423,7 @@ fn large_inputs_give_what_small_ones_give() {
             (0..8).map(|b| f(&[x.narrow(0, b, 1).unwrap()]).unwrap()).collect();
         let error = relative_error(&Tensor::cat(&parts, 0).unwrap(), &all);
         assert!(error < 1e-6, "{name}: in parts differs by {error:.1e}");
-        let whole = analytic(&[x.clone()], f).0.remove(0);
+        let whole = analytic(std::slice::from_ref(&x), f).0.remove(0);
         let weights = normal(4321, all.dims()).to_dtype(DType::F32).unwrap();
         let var = Var::from_tensor(&x.narrow(0, 5, 1).unwrap().contiguous().unwrap()).unwrap();
         let loss =
