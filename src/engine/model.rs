@@ -75,7 +75,11 @@ impl Model {
         }
         let folder = self.base.folder();
         let lora = LoraMap::read(path, &folder.unet_modules(), DType::F32, &Device::Cpu)?;
-        let model = self.base.with_unet(folder.unet_with(&lora)?);
+        let unet = folder.unet_with(&lora).map_err(|e| match e {
+            Error::Weights(message) => Error::file(path, message),
+            other => other,
+        })?;
+        let model = self.base.with_unet(unet);
         adapted.insert(name.to_owned(), model.clone());
         Ok(Guided(model))
     }

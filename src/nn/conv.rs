@@ -44,8 +44,23 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, stride: usize, padding: usize) -> Res
     if fused(x) {
         x.contiguous()?.apply_op2(&weight.contiguous()?, Conv { stride, padding })
     } else {
-        x.contiguous()?.conv2d(&weight.contiguous()?, padding, stride, 1, 1)
+        composed(x, &weight.contiguous()?, stride, padding)
     }
+}
+
+/// candle's convolution. Its backward takes the height's remainder under the
+/// stride for the width's too, so where they differ the input is padded and
+/// cut here to leave none.
+fn composed(x: &Tensor, weight: &Tensor, stride: usize, padding: usize) -> Result<Tensor> {
+    let (_, _, kh, kw) = weight.dims4()?;
+    let rest = |size: usize, k: usize| (size + 2 * padding).saturating_sub(k) % stride;
+    let (rows, columns) = (rest(x.dim(2)?, kh), rest(x.dim(3)?, kw));
+    if rows == columns {
+        return x.contiguous()?.conv2d(weight, padding, stride, 1, 1);
+    }
+    let x = x.pad_with_zeros(2, padding, padding)?.pad_with_zeros(3, padding, padding)?;
+    let x = x.narrow(2, 0, x.dim(2)? - rows)?.narrow(3, 0, x.dim(3)? - columns)?;
+    x.contiguous()?.conv2d(weight, 0, stride, 1, 1)
 }
 
 struct Conv {

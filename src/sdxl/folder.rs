@@ -81,6 +81,12 @@ impl ModelFolder {
             );
             return Err(Error::file(path, message));
         }
+        let (latent, taken) = (vae.config().latent_channels, unet_config.in_channels);
+        if latent != taken {
+            let message =
+                format!("the VAE has {latent} latent channels, the U-Net expects {taken}");
+            return Err(Error::file(path, message));
+        }
         Ok(Self {
             path: path.to_path_buf(),
             force_zeros_for_empty_prompt: index.force_zeros_for_empty_prompt,
