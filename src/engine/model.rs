@@ -139,10 +139,10 @@ fn adapter_files(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(|e| Error::file(folder, e))? {
         let path = entry.map_err(|e| Error::file(folder, e))?.path();
-        if path.extension().is_some_and(|e| e == "safetensors") {
-            if let Some(stem) = path.file_stem().and_then(|s| s.to_str()) {
-                found.push((stem.to_owned(), path.clone()));
-            }
+        if path.extension().is_some_and(|e| e == "safetensors")
+            && let Some(stem) = path.file_stem().and_then(|s| s.to_str())
+        {
+            found.push((stem.to_owned(), path.clone()));
         }
     }
     found.sort();
