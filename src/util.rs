@@ -13,7 +13,11 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         _ => Path::new("."),
     };
     std::fs::create_dir_all(dir).map_err(|e| Error::file(dir, e))?;
-    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(|e| Error::file(dir, e))?;
+    let mut builder = tempfile::Builder::new();
+    // Temporary files are private by default; a result is as readable as any other file.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(dir).map_err(|e| Error::file(dir, e))?;
     file.write_all(bytes).map_err(|e| Error::file(path, e))?;
     file.as_file().sync_all().map_err(|e| Error::file(path, e))?;
     file.persist(path).map_err(|e| Error::file(path, e.error))?;

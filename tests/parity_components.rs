@@ -48,13 +48,20 @@ fn a_batch_equals_its_samples_one_by_one() {
         let r = read(&folder.join("reference.safetensors"));
         let (context, pooled, time_ids) = (&r["hidden_states"], &r["pooled"], &r["time_ids"]);
         let timesteps = r["timesteps"].to_dtype(DType::F32).unwrap();
-        let whole = model.unet.forward(&r["latents"], &timesteps, context, pooled, time_ids).unwrap();
+        let whole =
+            model.unet.forward(&r["latents"], &timesteps, context, pooled, time_ids).unwrap();
         let decoded = model.vae.decode(&r["latents"]).unwrap();
         for b in 0..r["latents"].dim(0).unwrap() {
             let row = |x: &Tensor| x.narrow(0, b, 1).unwrap();
             let one = model
                 .unet
-                .forward(&row(&r["latents"]), &row(&timesteps), &row(context), &row(pooled), &row(time_ids))
+                .forward(
+                    &row(&r["latents"]),
+                    &row(&timesteps),
+                    &row(context),
+                    &row(pooled),
+                    &row(time_ids),
+                )
                 .unwrap();
             assert!(relative_error(&one, &row(&whole)) < 1e-5, "U-Net of {}", folder.display());
             let one = model.vae.decode(&row(&r["latents"])).unwrap();
@@ -74,7 +81,8 @@ fn gradients_agree_with_pytorch() {
         }
         let name = folder.display().to_string();
         let model = ModelFolder::open(&folder, DType::F32, &Device::Cpu).unwrap();
-        let (r, g) = (read(&folder.join("reference.safetensors")), read(&folder.join("grads.safetensors")));
+        let (r, g) =
+            (read(&folder.join("reference.safetensors")), read(&folder.join("grads.safetensors")));
         let vars: std::collections::HashMap<String, candle_core::Var> = model
             .unet_weights
             .tensors()
@@ -82,11 +90,14 @@ fn gradients_agree_with_pytorch() {
             .map(|(k, t)| (k.clone(), candle_core::Var::from_tensor(t).unwrap()))
             .collect();
         let tensors = vars.iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
-        let unet =
-            Weights::new(tensors, "vars").build(None, |s| UNet::load(s, &model.unet_config)).unwrap();
-        let inputs = ["latents", "hidden_states", "pooled"].map(|k| candle_core::Var::from_tensor(&r[k]).unwrap());
+        let unet = Weights::new(tensors, "vars")
+            .build(None, |s| UNet::load(s, &model.unet_config))
+            .unwrap();
+        let inputs = ["latents", "hidden_states", "pooled"]
+            .map(|k| candle_core::Var::from_tensor(&r[k]).unwrap());
         let timesteps = r["timesteps"].to_dtype(DType::F32).unwrap();
-        let out = unet.forward(&inputs[0], &timesteps, &inputs[1], &inputs[2], &r["time_ids"]).unwrap();
+        let out =
+            unet.forward(&inputs[0], &timesteps, &inputs[1], &inputs[2], &r["time_ids"]).unwrap();
         let loss = (out - &g["target"]).unwrap().sqr().unwrap().mean_all().unwrap();
         assert!(relative_error(&loss.reshape(g["loss"].dims()).unwrap(), &g["loss"]) < BAR);
         let grads = loss.backward().unwrap();

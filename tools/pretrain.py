@@ -3,9 +3,10 @@
     pip install torch diffusers transformers safetensors pillow
     cargo run --release --bin ds-train -- export-scenes --out work/train.safetensors --count 40000
     cargo run --release --bin ds-train -- export-scenes --out work/val.safetensors --split validation --count 2000 --seed 1
-    python tools/pretrain.py vae    --work work --steps 4000
-    python tools/pretrain.py base   --work work --steps 6000
-    python tools/pretrain.py clip   --work work --steps 2000
+    python tools/pretrain.py vae    --work work --steps 2400
+    python tools/pretrain.py decoder --work work --steps 300
+    python tools/pretrain.py base   --work work --steps 2300
+    python tools/pretrain.py clip   --work work --steps 1200
     python tools/pretrain.py export --work work --out models/tiny
     python tools/pretrain.py evaluate-clip --work work
     python tools/pretrain.py reconstruct --work work
@@ -24,6 +25,8 @@ import time
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+
+from scene_tokenizer import write_tokenizer
 
 TEXT_LENGTH = 24
 VAE_CONFIG = dict(
@@ -148,11 +151,46 @@ def train_vae(args):
     run.train(loss_of)
 
 
+def freeze_encoder(vae):
+    """Latents stay what the base model was trained on."""
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+
+
 def load_vae(args):
     vae = make_vae(args)
-    run = Run("vae", args, {"vae": vae}, 1e-3)
-    run.use_ema()
+    Run("vae", args, {"vae": vae}, 1e-3).use_ema()
+    if os.path.exists(os.path.join(args.work, "decoder.pt")):
+        freeze_encoder(vae)
+        Run("decoder", args, {"vae": vae}, 1e-3).use_ema()
     return vae.eval().requires_grad_(False)
+
+
+def train_decoder(args):
+    """Sharpens the decoder on a frozen encoder: half of each batch shows textures, and
+    differences between neighbouring pixels count too."""
+    images, texts, _ = scenes(os.path.join(args.work, "train.safetensors"))
+    textured = torch.tensor([i for i, t in enumerate(texts) if "dotted" in t or "striped" in t])
+    vae = make_vae(args)
+    Run("vae", args, {"vae": vae}, 1e-3).use_ema()
+    freeze_encoder(vae)
+    run = Run("decoder", args, {"vae": vae}, args.lr or 1e-3)
+
+    def loss_of(step, generator):
+        half = (args.batch or 16) // 2
+        index = torch.cat([torch.randint(len(images), (half,), generator=generator),
+                           textured[torch.randint(len(textured), (half,), generator=generator)]])
+        x = to_float(images[index], args.device)
+        with torch.no_grad():
+            posterior = vae.encode(x).latent_dist
+            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(x)
+        y = vae.decode(z).sample
+        error = y - x
+        steps = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        loss = 4 * (error ** 2).mean() + error.abs().mean() + 0.5 * steps
+        return loss, f"mse {F.mse_loss(y, x).item():.5f}"
+
+    run.train(loss_of)
 
 
 @torch.no_grad()
@@ -198,7 +236,6 @@ def towers(args):
 
 
 def tokenizers(args):
-    from scene_tokenizer import write_tokenizer
     from transformers import CLIPTokenizer
     out = []
     for folder, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
@@ -388,18 +425,24 @@ def export(args):
         vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=tokenizer, tokenizer_2=tokenizer_2,
         unet=unet, scheduler=scheduler, force_zeros_for_empty_prompt=True, add_watermarker=False)
     pipe.to("cpu", torch.float16).save_pretrained(args.out, safe_serialization=True)
+    # The plain vocabulary and merges, which every CLIP reader understands.
+    for folder, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        write_tokenizer(os.path.join(args.out, folder), pad)
     if os.path.exists(os.path.join(args.work, "clip.pt")):
         clip = make_clip(args, tokenizer)
         Run("clip", args, {"clip": clip}, 1e-3).use_ema()
         folder = os.path.join(args.out, "scene_clip")
         clip.to("cpu", torch.float16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        write_tokenizer(folder, "<|endoftext|>")
+        with open(os.path.join(folder, "preprocessor_config.json"), "w") as f:
+            json.dump({"image_processor_type": "CLIPImageProcessor", "size": 64, "crop_size": 64,
+                       "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, f, indent=2)
     print(f"base step {run.start}: written to {args.out}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "base", "clip", "evaluate-clip", "reconstruct", "export"])
+    parser.add_argument("stage", choices=["vae", "decoder", "base", "clip", "evaluate-clip", "reconstruct", "export"])
     parser.add_argument("--work", default="work")
     parser.add_argument("--out", default="models/tiny")
     parser.add_argument("--steps", type=int, default=4000)
@@ -412,7 +455,7 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     os.makedirs(args.work, exist_ok=True)
-    stages = {"vae": train_vae, "base": train_base, "clip": train_clip, "evaluate-clip": evaluate_clip,
+    stages = {"vae": train_vae, "decoder": train_decoder, "base": train_base, "clip": train_clip, "evaluate-clip": evaluate_clip,
               "reconstruct": reconstruct, "export": export}
     stages[args.stage](args)
 

@@ -12,9 +12,9 @@ use crate::diffusion::guidance::Guided;
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::diffusion::sdxl_model::SdxlModel;
 use crate::diffusion::solver::{Eval, History, SolverSpec};
+use crate::sdxl::ModelFolder;
 use crate::sdxl::config::read_json;
 use crate::sdxl::weights::{read_safetensors, write_safetensors};
-use crate::sdxl::ModelFolder;
 use crate::{Error, Result};
 
 /// The input tensors, checked.
@@ -29,7 +29,8 @@ impl Inputs<'_> {
             return Err(Error::file(self.file, format!("lacks the tensor '{name}'")));
         };
         if tensor.rank() != rank {
-            let message = format!("'{name}': expected {rank} dimensions, got shape {:?}", tensor.dims());
+            let message =
+                format!("'{name}': expected {rank} dimensions, got shape {:?}", tensor.dims());
             return Err(Error::file(self.file, message));
         }
         Ok(tensor.to_dtype(dtype)?)
@@ -38,7 +39,8 @@ impl Inputs<'_> {
     fn ids(&self, name: &str) -> Result<Vec<Vec<u32>>> {
         let rows = self.get(name, 2, DType::I64)?.to_vec2::<i64>()?;
         let id = |v: i64| {
-            u32::try_from(v).map_err(|_| Error::file(self.file, format!("'{name}': {v} is no token id")))
+            u32::try_from(v)
+                .map_err(|_| Error::file(self.file, format!("'{name}': {v} is no token id")))
         };
         rows.into_iter().map(|row| row.into_iter().map(id).collect()).collect()
     }
@@ -77,7 +79,8 @@ pub fn run(model: &Path, inputs: &Path, out: &Path, steps: usize, guidance: f64)
     }
     let text = folder.encode_ids(&ids, &ids_2)?;
     let mut results = BTreeMap::new();
-    let noise = folder.unet.forward(&latents, &timesteps, &text.context, &text.pooled, &time_ids)?;
+    let noise =
+        folder.unet.forward(&latents, &timesteps, &text.context, &text.pooled, &time_ids)?;
     results.insert("noise_pred".to_owned(), noise);
     results.insert("decoded".to_owned(), folder.vae.decode(&latents)?);
     results.insert("encoded_mean".to_owned(), folder.vae.encode(&image)?.mean);
@@ -106,7 +109,10 @@ pub fn run(model: &Path, inputs: &Path, out: &Path, steps: usize, guidance: f64)
         })
         .collect::<Result<Vec<_>>>()?;
     let network = Guided(SdxlModel::new(std::sync::Arc::new(folder)));
-    results.insert("trajectory".to_owned(), trajectory(&network, &scheduler, steps, &latents, &conds)?);
+    results.insert(
+        "trajectory".to_owned(),
+        trajectory(&network, &scheduler, steps, &latents, &conds)?,
+    );
     write_safetensors(out, &results, None)
 }
 

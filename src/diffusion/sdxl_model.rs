@@ -42,7 +42,8 @@ impl SdxlModel {
         prompts: &[&str],
         (width, height): (u32, u32),
     ) -> Result<Vec<TextCond>> {
-        let rows = |t: &ClipTokenizer| prompts.iter().map(|p| t.encode(p)).collect::<Result<Vec<_>>>();
+        let rows =
+            |t: &ClipTokenizer| prompts.iter().map(|p| t.encode(p)).collect::<Result<Vec<_>>>();
         let encoded = self.folder.encode_ids(&rows(&tokenizers[0])?, &rows(&tokenizers[1])?)?;
         (0..prompts.len())
             .map(|i| {
@@ -64,7 +65,11 @@ impl SdxlModel {
         if !self.folder.force_zeros_for_empty_prompt {
             return Ok(empty);
         }
-        Ok(TextCond { context: empty.context.zeros_like()?, pooled: empty.pooled.zeros_like()?, ..empty })
+        Ok(TextCond {
+            context: empty.context.zeros_like()?,
+            pooled: empty.pooled.zeros_like()?,
+            ..empty
+        })
     }
 }
 
@@ -83,7 +88,10 @@ impl NoiseModel for SdxlModel {
         let factor = self.folder.vae.config().factor() as u32;
         for (field, side) in [("width", width), ("height", height)] {
             if side == 0 || side % factor != 0 {
-                return Err(Error::invalid(field, format!("expected a positive multiple of {factor}, got {side}")));
+                return Err(Error::invalid(
+                    field,
+                    format!("expected a positive multiple of {factor}, got {side}"),
+                ));
             }
         }
         let channels = self.folder.vae.config().latent_channels;

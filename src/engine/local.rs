@@ -52,13 +52,16 @@ impl Engine {
             folders.sort();
         }
         if folders.is_empty() {
-            let message = "no checkpoint here: expected folders with a model_index.json (diffusers layout)";
+            let message =
+                "no checkpoint here: expected folders with a model_index.json (diffusers layout)";
             return Err(Error::file(models, message));
         }
         let mut opened = Vec::new();
         for folder in folders {
             let path = folder.canonicalize().map_err(|e| Error::file(&folder, e))?;
-            let id = path.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
+            let id = path
+                .file_name()
+                .map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
             tracing::info!(model = %id, "loading");
             opened.push(Arc::new(Model::open(id, &folder)?));
         }
@@ -71,7 +74,9 @@ impl Engine {
             return self.models.first().ok_or_else(|| Error::invalid("model", "none is loaded"));
         };
         let found = self.models.iter().find(|m| m.id == id);
-        found.ok_or_else(|| Error::unknown("model", "model", id, self.models.iter().map(|m| m.id.as_str())))
+        found.ok_or_else(|| {
+            Error::unknown("model", "model", id, self.models.iter().map(|m| m.id.as_str()))
+        })
     }
 }
 
@@ -123,7 +128,11 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn prepare(model: &'a Model, resolution: &'a Resolution, cancel: &'a CancelToken) -> Result<Self> {
+    fn prepare(
+        model: &'a Model,
+        resolution: &'a Resolution,
+        cancel: &'a CancelToken,
+    ) -> Result<Self> {
         let resolved = &resolution.planned.resolved;
         let network = model.network(resolved.adapter.as_deref())?;
         let size = (resolved.width, resolved.height);
@@ -145,7 +154,16 @@ impl<'a> Run<'a> {
             })
         })?;
         let cost = meter.cost();
-        Ok(Self { model, resolution, cancel, network, cond, images: Vec::new(), cost, trace: Vec::new() })
+        Ok(Self {
+            model,
+            resolution,
+            cancel,
+            network,
+            cond,
+            images: Vec::new(),
+            cost,
+            trace: Vec::new(),
+        })
     }
 
     /// Image `index` has the seed `seed + index` and a meter of its own.
@@ -161,7 +179,11 @@ impl<'a> Run<'a> {
         let mut env = SearchEnv {
             denoiser: MeteredDenoiser::new(&self.network, &meter),
             decoder: MeteredDecoder::new(&self.network.0, &meter),
-            verifier: MeteredVerifier::new(&self.model.rewards, resolved.reward.as_deref(), &meter)?,
+            verifier: MeteredVerifier::new(
+                &self.model.rewards,
+                resolved.reward.as_deref(),
+                &meter,
+            )?,
             schedule: &self.model.schedule,
             solver: SolverSpec::ode(self.resolution.solver, &self.model.schedule),
             steps: resolved.steps as usize,
@@ -172,7 +194,8 @@ impl<'a> Run<'a> {
             cancel: self.cancel,
             on_event: &mut on_event,
         };
-        let outcome = self.resolution.method.run(&self.resolution.plan, &mut env, &NoiseKey { seed })?;
+        let outcome =
+            self.resolution.method.run(&self.resolution.plan, &mut env, &NoiseKey { seed })?;
         let spent = meter.cost();
         self.cost.units += spent.units;
         for (stage, seconds) in spent.seconds {
@@ -193,7 +216,8 @@ impl<'a> Run<'a> {
         if let Ok(caption) = Caption::parse(&self.resolution.planned.resolved.prompt) {
             self.trace.push(json!({"image": index, "claims": claims(&outcome.image, &caption)}));
         }
-        let scores = outcome.scores.into_iter().map(|(k, v)| (k, v.is_finite().then_some(v))).collect();
+        let scores =
+            outcome.scores.into_iter().map(|(k, v)| (k, v.is_finite().then_some(v))).collect();
         self.images.push(GeneratedImage { pixels: outcome.image, seed, scores });
     }
 
@@ -211,8 +235,6 @@ impl<'a> Run<'a> {
 /// The judge's verdict on each claim, in words. Free of charge: it reports, nothing chooses by it.
 fn claims(image: &image::RgbImage, caption: &Caption) -> Vec<Value> {
     let verdicts = judge(image, caption).verdicts;
-    let each = |v: crate::data::scenes::judge::Verdict| {
-        json!({"claim": v.claim.text, "holds": v.holds, "score": v.score})
-    };
+    let each = |v: crate::data::scenes::judge::Verdict| json!({"claim": v.claim.text, "holds": v.holds, "score": v.score});
     verdicts.into_iter().map(each).collect()
 }

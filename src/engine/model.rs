@@ -91,7 +91,12 @@ impl Model {
     pub fn adapter(&self, name: &str) -> Result<&Path> {
         let found = self.adapters.iter().find(|(id, _)| id == name);
         found.map(|(_, path)| path.as_path()).ok_or_else(|| {
-            Error::unknown("adapter", "adapter", name, self.adapters.iter().map(|(id, _)| id.as_str()))
+            Error::unknown(
+                "adapter",
+                "adapter",
+                name,
+                self.adapters.iter().map(|(id, _)| id.as_str()),
+            )
         })
     }
 
@@ -134,10 +139,10 @@ fn adapter_files(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(|e| Error::file(folder, e))? {
         let path = entry.map_err(|e| Error::file(folder, e))?.path();
-        if path.extension().is_some_and(|e| e == "safetensors") {
-            if let Some(stem) = path.file_stem().and_then(|s| s.to_str()) {
-                found.push((stem.to_owned(), path.clone()));
-            }
+        if path.extension().is_some_and(|e| e == "safetensors")
+            && let Some(stem) = path.file_stem().and_then(|s| s.to_str())
+        {
+            found.push((stem.to_owned(), path.clone()));
         }
     }
     found.sort();

@@ -30,9 +30,11 @@ pub fn resolve(model: &Model, request: &GenerateRequest) -> Result<Resolution> {
     let method = method(&name)?;
     let (width, height) = size(model, request)?;
     let most_steps = model.schedule.num_train_timesteps() as u64;
-    let steps = within("steps", request.steps.map(u64::from), DEFAULT_STEPS.into(), 1..=most_steps)? as u32;
+    let steps =
+        within("steps", request.steps.map(u64::from), DEFAULT_STEPS.into(), 1..=most_steps)? as u32;
     let n = within("n", request.n.map(u64::from), 1, 1..=MOST_IMAGES.into())? as u32;
-    let guidance_scale = finite("guidance_scale", request.guidance_scale, DEFAULT_GUIDANCE, 0.0..=100.0)?;
+    let guidance_scale =
+        finite("guidance_scale", request.guidance_scale, DEFAULT_GUIDANCE, 0.0..=100.0)?;
     let guidance_rescale = finite("guidance_rescale", request.guidance_rescale, 0.0, 0.0..=1.0)?;
     let solver = match &request.solver {
         Some(name) => name.parse()?,
@@ -92,7 +94,8 @@ pub fn resolve(model: &Model, request: &GenerateRequest) -> Result<Resolution> {
 /// Asks again for what was resolved before.
 pub fn request_of(resolved: &Resolved) -> GenerateRequest {
     let mut params = resolved.method.clone();
-    let name = params.remove("name").and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
+    let name =
+        params.remove("name").and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default();
     GenerateRequest {
         prompt: resolved.prompt.clone(),
         negative_prompt: resolved.negative_prompt.clone(),
@@ -130,18 +133,34 @@ fn size(model: &Model, request: &GenerateRequest) -> Result<(u32, u32)> {
     Ok((width, height))
 }
 
-fn within(field: &str, value: Option<u64>, default: u64, range: std::ops::RangeInclusive<u64>) -> Result<u64> {
+fn within(
+    field: &str,
+    value: Option<u64>,
+    default: u64,
+    range: std::ops::RangeInclusive<u64>,
+) -> Result<u64> {
     let value = value.unwrap_or(default);
     if range.contains(&value) {
         return Ok(value);
     }
-    Err(Error::invalid(field, format!("expected {} to {}, got {value}", range.start(), range.end())))
+    Err(Error::invalid(
+        field,
+        format!("expected {} to {}, got {value}", range.start(), range.end()),
+    ))
 }
 
-fn finite(field: &str, value: Option<f64>, default: f64, range: std::ops::RangeInclusive<f64>) -> Result<f64> {
+fn finite(
+    field: &str,
+    value: Option<f64>,
+    default: f64,
+    range: std::ops::RangeInclusive<f64>,
+) -> Result<f64> {
     let value = value.unwrap_or(default);
     if range.contains(&value) {
         return Ok(value);
     }
-    Err(Error::invalid(field, format!("expected {} to {}, got {value}", range.start(), range.end())))
+    Err(Error::invalid(
+        field,
+        format!("expected {} to {}, got {value}", range.start(), range.end()),
+    ))
 }

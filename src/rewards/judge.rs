@@ -27,7 +27,9 @@ impl Reward for SceneJudge {
         Ok(images
             .iter()
             .zip(prompts)
-            .map(|(image, prompt)| Caption::parse(prompt).map_or(f64::NAN, |c| judge(image, &c).score))
+            .map(|(image, prompt)| {
+                Caption::parse(prompt).map_or(f64::NAN, |c| judge(image, &c).score)
+            })
             .collect())
     }
 }

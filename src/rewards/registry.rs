@@ -16,7 +16,10 @@ const REWARDS: &[Opener] = &[
     |_| Ok(Some(Arc::new(SceneJudge))),
 ];
 
-fn folder(path: &Path, open: fn(&Path) -> Result<Arc<dyn Reward>>) -> Result<Option<Arc<dyn Reward>>> {
+fn folder(
+    path: &Path,
+    open: fn(&Path) -> Result<Arc<dyn Reward>>,
+) -> Result<Option<Arc<dyn Reward>>> {
     if path.is_dir() { open(path).map(Some) } else { Ok(None) }
 }
 

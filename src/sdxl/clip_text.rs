@@ -81,10 +81,17 @@ impl ClipText {
         let heads = config.num_attention_heads;
         if config.num_hidden_layers < 1 || heads < 1 || !config.hidden_size.is_multiple_of(heads) {
             let message = "expected at least one layer and a width that the heads divide";
-            return Err(Error::invalid("num_hidden_layers, hidden_size, num_attention_heads", message));
+            return Err(Error::invalid(
+                "num_hidden_layers, hidden_size, num_attention_heads",
+                message,
+            ));
         }
         let projection = if scope.has("text_projection") {
-            Some(scope.at("text_projection").linear_no_bias(config.hidden_size, config.projection_dim)?)
+            Some(
+                scope
+                    .at("text_projection")
+                    .linear_no_bias(config.hidden_size, config.projection_dim)?,
+            )
         } else {
             None
         };
@@ -95,7 +102,13 @@ impl ClipText {
             .map(|i| {
                 let scope = inner.at(format!("encoder.layers.{i}"));
                 let widths = (width, config.intermediate_size);
-                ClipLayer::load(&scope, widths, config.num_attention_heads, config.layer_norm_eps, activation)
+                ClipLayer::load(
+                    &scope,
+                    widths,
+                    config.num_attention_heads,
+                    config.layer_norm_eps,
+                    activation,
+                )
             })
             .collect::<Result<_>>()?;
         Ok(Self {
@@ -125,7 +138,8 @@ impl ClipText {
             return Err(Error::invalid("token ids", message));
         }
         if let Some(id) = ids.iter().flatten().find(|id| **id as usize >= self.config.vocab_size) {
-            let message = format!("{id} is not below the vocabulary size {}", self.config.vocab_size);
+            let message =
+                format!("{id} is not below the vocabulary size {}", self.config.vocab_size);
             return Err(Error::invalid("token ids", message));
         }
         let device = self.tokens.device();

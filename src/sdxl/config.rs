@@ -27,7 +27,8 @@ pub fn parse_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     let mut clean = String::with_capacity(text.len());
     let (mut rest, mut quoted) = (text, false);
     while let Some(c) = rest.chars().next() {
-        let word = ["-Infinity", "Infinity", "NaN"].iter().find(|w| !quoted && rest.starts_with(**w));
+        let word =
+            ["-Infinity", "Infinity", "NaN"].iter().find(|w| !quoted && rest.starts_with(**w));
         let taken = match (word, c) {
             (Some(word), _) => word.len(),
             (None, '\\') => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
@@ -223,7 +224,10 @@ fn refuse(rest: &serde_json::Map<String, Value>, only: &[(&str, Value)]) -> Resu
             None => {}
             Some(value) if same(value, expected) || value.is_null() => {}
             Some(value) => {
-                return Err(Error::invalid(*key, format!("only {expected} is supported, got {value}")));
+                return Err(Error::invalid(
+                    *key,
+                    format!("only {expected} is supported, got {value}"),
+                ));
             }
         }
     }
@@ -250,13 +254,11 @@ impl UNetConfig {
             ("layers_per_block", self.layers_per_block.length()),
             ("transformer_layers_per_block", self.transformer_layers_per_block.length()),
             ("attention_head_dim", self.attention_head_dim.length()),
-            (
-                "num_attention_heads",
-                self.num_attention_heads.as_ref().and_then(PerLevel::length),
-            ),
+            ("num_attention_heads", self.num_attention_heads.as_ref().and_then(PerLevel::length)),
         ] {
             if length.is_some_and(|n| n != levels) {
-                let message = format!("expected {levels} values, one per level of block_out_channels");
+                let message =
+                    format!("expected {levels} values, one per level of block_out_channels");
                 return Err(Error::invalid(field, message));
             }
         }
@@ -280,20 +282,34 @@ impl UNetConfig {
             Some("text_time") => {
                 for (field, value) in [
                     ("addition_time_embed_dim", self.addition_time_embed_dim),
-                    ("projection_class_embeddings_input_dim", self.projection_class_embeddings_input_dim),
+                    (
+                        "projection_class_embeddings_input_dim",
+                        self.projection_class_embeddings_input_dim,
+                    ),
                 ] {
                     if value.is_none() {
-                        return Err(Error::invalid(field, "needed by addition_embed_type \"text_time\""));
+                        return Err(Error::invalid(
+                            field,
+                            "needed by addition_embed_type \"text_time\"",
+                        ));
                     }
                 }
             }
             Some(other) => {
-                return Err(Error::unknown("addition_embed_type", "embedding", other, ["text_time"]));
+                return Err(Error::unknown(
+                    "addition_embed_type",
+                    "embedding",
+                    other,
+                    ["text_time"],
+                ));
             }
         }
         for &channels in &self.block_out_channels {
             if !channels.is_multiple_of(self.norm_num_groups) {
-                let message = format!("{channels} channels do not split into {} groups", self.norm_num_groups);
+                let message = format!(
+                    "{channels} channels do not split into {} groups",
+                    self.norm_num_groups
+                );
                 return Err(Error::invalid("norm_num_groups", message));
             }
         }
@@ -307,7 +323,8 @@ impl UNetConfig {
                     Some(_) => "num_attention_heads",
                     None => "attention_head_dim",
                 };
-                let message = format!("{heads} heads do not divide level {level}'s {channels} channels");
+                let message =
+                    format!("{heads} heads do not divide level {level}'s {channels} channels");
                 return Err(Error::invalid(field, message));
             }
         }
@@ -353,7 +370,9 @@ impl VaeConfig {
         if self.scaling_factor == 0.0 || !self.scaling_factor.is_finite() {
             return Err(Error::invalid("scaling_factor", "expected a number other than zero"));
         }
-        for (key, word) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
+        for (key, word) in
+            [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")]
+        {
             let types = self.rest.get(key).and_then(Value::as_array);
             if let Some(other) = types.into_iter().flatten().find(|t| *t != word) {
                 return Err(Error::unknown(key, "block type", other.to_string(), [word]));
@@ -361,7 +380,11 @@ impl VaeConfig {
         }
         refuse(
             &self.rest,
-            &[("act_fn", "silu".into()), ("latents_mean", Value::Null), ("latents_std", Value::Null)],
+            &[
+                ("act_fn", "silu".into()),
+                ("latents_mean", Value::Null),
+                ("latents_std", Value::Null),
+            ],
         )
     }
 }

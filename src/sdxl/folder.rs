@@ -11,7 +11,8 @@ use super::lora::LoraMap;
 use super::tokenizer::ClipTokenizer;
 use super::unet::UNet;
 use super::vae::Vae;
-use super::weights::{Weights, sha256_of, weight_files};
+use super::weights::{Weights, save_component, sha256_of, weight_files};
+use crate::util::write_atomic;
 use crate::{Error, Result};
 
 #[derive(Clone, Debug, Deserialize)]
@@ -32,6 +33,8 @@ pub struct ModelFolder {
     pub force_zeros_for_empty_prompt: bool,
     pub unet_config: UNetConfig,
     pub unet_weights: Weights,
+    vae_weights: Weights,
+    text_weights: [Weights; 2],
     pub unet: UNet,
     pub vae: Vae,
     pub text_1: ClipText,
@@ -60,23 +63,28 @@ impl ModelFolder {
         // The VAE overflows in half precision, so it stays in f32 unless a gradient check wants more.
         let vae_dtype = if dtype == DType::F64 { dtype } else { DType::F32 };
         let vae_config: VaeConfig = component_config(path, "vae")?;
-        let vae = Weights::from_folder(&path.join("vae"), vae_dtype, device)?
-            .build(None, |scope| Vae::load(scope, &vae_config))?;
-        let tower = |name: &str| -> Result<ClipText> {
+        let vae_weights = Weights::from_folder(&path.join("vae"), vae_dtype, device)?;
+        let vae = vae_weights.build(None, |scope| Vae::load(scope, &vae_config))?;
+        let tower = |name: &str| -> Result<(Weights, ClipText)> {
             let config: ClipTextConfig = component_config(path, name)?;
             let weights = Weights::from_folder(&path.join(name), dtype, device)?;
-            weights.build(None, |scope| ClipText::load(scope, &config))
+            let tower = weights.build(None, |scope| ClipText::load(scope, &config))?;
+            Ok((weights, tower))
         };
-        let (text_1, text_2) = (tower("text_encoder")?, tower("text_encoder_2")?);
+        let ((weights_1, text_1), (weights_2, text_2)) =
+            (tower("text_encoder")?, tower("text_encoder_2")?);
         let width = text_1.config().hidden_size + text_2.config().hidden_size;
         if width != unet_config.cross_attention_dim {
-            let message =
-                format!("the text towers give {width} values a token, the U-Net expects {}", unet_config.cross_attention_dim);
+            let message = format!(
+                "the text towers give {width} values a token, the U-Net expects {}",
+                unet_config.cross_attention_dim
+            );
             return Err(Error::file(path, message));
         }
         let (latent, taken) = (vae.config().latent_channels, unet_config.in_channels);
         if latent != taken {
-            let message = format!("the VAE has {latent} latent channels, the U-Net expects {taken}");
+            let message =
+                format!("the VAE has {latent} latent channels, the U-Net expects {taken}");
             return Err(Error::file(path, message));
         }
         Ok(Self {
@@ -84,11 +92,57 @@ impl ModelFolder {
             force_zeros_for_empty_prompt: index.force_zeros_for_empty_prompt,
             unet_config,
             unet_weights,
+            vae_weights,
+            text_weights: [weights_1, weights_2],
             unet,
             vae,
             text_1,
             text_2,
         })
+    }
+
+    /// Writes this checkpoint in the same layout, weights in `dtype`, in files
+    /// of at most `shard_bytes` (an index beside them where one is not enough).
+    ///
+    /// # Errors
+    /// When a file cannot be read or written, or `out` is where this one lies.
+    pub fn save(&self, out: &Path, dtype: DType, shard_bytes: usize) -> Result<()> {
+        if out.canonicalize().is_ok_and(|o| self.path.canonicalize().is_ok_and(|p| o == p)) {
+            return Err(Error::file(out, "is the folder that the checkpoint was read from"));
+        }
+        let copy = |from: &Path, to: &Path| -> Result<()> {
+            write_atomic(to, &std::fs::read(from).map_err(|e| Error::file(from, e))?)
+        };
+        for folder in ["scheduler", "tokenizer", "tokenizer_2"].map(|name| self.path.join(name)) {
+            let Ok(entries) = std::fs::read_dir(&folder) else { continue };
+            for entry in entries {
+                let from = entry.map_err(|e| Error::file(&folder, e))?.path();
+                if let (Some(parent), Some(name)) = (folder.file_name(), from.file_name()) {
+                    copy(&from, &out.join(parent).join(name))?;
+                }
+            }
+        }
+        for (name, stem, weights) in [
+            ("unet", "diffusion_pytorch_model", &self.unet_weights),
+            ("vae", "diffusion_pytorch_model", &self.vae_weights),
+            ("text_encoder", "model", &self.text_weights[0]),
+            ("text_encoder_2", "model", &self.text_weights[1]),
+        ] {
+            let tensors = weights
+                .tensors()
+                .iter()
+                .map(|(key, t)| {
+                    Ok((
+                        key.clone(),
+                        if t.dtype().is_float() { t.to_dtype(dtype)? } else { t.clone() },
+                    ))
+                })
+                .collect::<Result<_>>()?;
+            copy(&self.path.join(name).join("config.json"), &out.join(name).join("config.json"))?;
+            save_component(&out.join(name), stem, &tensors, shard_bytes)?;
+        }
+        // Last, so that an interrupted copy is not taken for a checkpoint.
+        copy(&self.path.join("model_index.json"), &out.join("model_index.json"))
     }
 
     pub fn tokenizers(&self) -> Result<[ClipTokenizer; 2]> {

@@ -47,7 +47,10 @@ impl LoraMap {
         let mut parts: BTreeMap<String, Parts> = BTreeMap::new();
         for (key, tensor) in read_safetensors(path, device)? {
             let Some((module, kind)) = split_key(&key, &flat) else {
-                return Err(Error::file(path, format!("'{key}' is no U-Net adapter key in diffusers' or kohya's names")));
+                return Err(Error::file(
+                    path,
+                    format!("'{key}' is no U-Net adapter key in diffusers' or kohya's names"),
+                ));
             };
             let entry = parts.entry(module).or_default();
             match kind {
@@ -62,14 +65,24 @@ impl LoraMap {
         let mut map = BTreeMap::new();
         for (module, part) in parts {
             let (Some(down), Some(up)) = (part.down, part.up) else {
-                return Err(Error::file(path, format!("adapter of '{module}' lacks its down or up matrix")));
+                return Err(Error::file(
+                    path,
+                    format!("adapter of '{module}' lacks its down or up matrix"),
+                ));
             };
             let (&[rank @ (1..), _, ..], &[_, other, ..]) = (down.dims(), up.dims()) else {
-                let message = format!("adapter of '{module}': {:?} and {:?} are no matrices", down.dims(), up.dims());
+                let message = format!(
+                    "adapter of '{module}': {:?} and {:?} are no matrices",
+                    down.dims(),
+                    up.dims()
+                );
                 return Err(Error::file(path, message));
             };
             if other != rank {
-                return Err(Error::file(path, format!("adapter of '{module}': ranks {rank} and {other} differ")));
+                return Err(Error::file(
+                    path,
+                    format!("adapter of '{module}': ranks {rank} and {other} differ"),
+                ));
             }
             let scale = part.alpha.map_or(1.0, |alpha| alpha / rank as f64);
             map.insert(module, LowRank { down, up, scale });
@@ -94,7 +107,8 @@ fn split_key(key: &str, flat: &HashMap<String, &String>) -> Option<(String, Kind
         (".lora.up.weight", Kind::Up),
         (".alpha", Kind::Alpha),
     ];
-    let (stem, kind) = endings.into_iter().find_map(|(end, kind)| Some((key.strip_suffix(end)?, kind)))?;
+    let (stem, kind) =
+        endings.into_iter().find_map(|(end, kind)| Some((key.strip_suffix(end)?, kind)))?;
     let module = match stem.strip_prefix("unet.") {
         Some(module) => module.to_owned(),
         None => flat.get(stem)?.to_string(),

@@ -18,7 +18,8 @@ use crate::{Error, Result};
 const START: &str = "<|startoftext|>";
 const END: &str = "<|endoftext|>";
 /// CLIP's word pattern.
-const WORDS: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+const WORDS: &str =
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
 #[derive(Deserialize)]
 struct TokenizerConfig {
@@ -53,18 +54,24 @@ impl ClipTokenizer {
         } else if whole.is_file() {
             Tokenizer::from_file(&whole).map_err(|e| Error::file(&whole, e))?
         } else {
-            return Err(Error::file(folder, "expected vocab.json and merges.txt, or tokenizer.json"));
+            return Err(Error::file(
+                folder,
+                "expected vocab.json and merges.txt, or tokenizer.json",
+            ));
         };
         let pad = match &config.pad_token {
             Some(Value::String(token)) => token.as_str(),
-            Some(Value::Object(token)) => token.get("content").and_then(Value::as_str).unwrap_or(END),
+            Some(Value::Object(token)) => {
+                token.get("content").and_then(Value::as_str).unwrap_or(END)
+            }
             _ => END,
         };
         // As in transformers: these are whole wherever they stand in a text, in any case.
         let special = [START, END, pad].map(|t| AddedToken::from(t, true).normalized(true));
         inner.add_special_tokens(special).map_err(|e| Error::file(folder, e))?;
         let id = |token: &str| {
-            let missing = || Error::file(folder, format!("the vocabulary lacks the token '{token}'"));
+            let missing =
+                || Error::file(folder, format!("the vocabulary lacks the token '{token}'"));
             inner.token_to_id(token).ok_or_else(missing)
         };
         let max_length = match config.model_max_length {
@@ -109,22 +116,22 @@ fn from_files(vocab: &Path, merges: &Path) -> Result<Tokenizer> {
         .build()
         .map_err(bad)?;
     let mut tokenizer = Tokenizer::new(bpe);
-    let spaces = normalizers::Replace::new(
-        normalizers::replace::ReplacePattern::Regex(r"\s+".into()),
-        " ",
-    )
-    .map_err(bad)?;
-    tokenizer.with_normalizer(Some(normalizers::Sequence::new(vec![
-        NormalizerWrapper::NFC(normalizers::NFC),
-        NormalizerWrapper::Replace(spaces),
-        NormalizerWrapper::Lowercase(normalizers::Lowercase),
-    ])))
-    .map_err(bad)?;
-    let words = Split::new(SplitPattern::Regex(WORDS.into()), SplitDelimiterBehavior::Removed, true).map_err(bad)?;
+    let spaces =
+        normalizers::Replace::new(normalizers::replace::ReplacePattern::Regex(r"\s+".into()), " ")
+            .map_err(bad)?;
     tokenizer
-        .with_pre_tokenizer(Some(Sequence::new(vec![
-            PreTokenizerWrapper::Split(words),
-            PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, true)),
-        ])));
+        .with_normalizer(Some(normalizers::Sequence::new(vec![
+            NormalizerWrapper::NFC(normalizers::NFC),
+            NormalizerWrapper::Replace(spaces),
+            NormalizerWrapper::Lowercase(normalizers::Lowercase),
+        ])))
+        .map_err(bad)?;
+    let words =
+        Split::new(SplitPattern::Regex(WORDS.into()), SplitDelimiterBehavior::Removed, true)
+            .map_err(bad)?;
+    tokenizer.with_pre_tokenizer(Some(Sequence::new(vec![
+        PreTokenizerWrapper::Split(words),
+        PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, true)),
+    ])));
     Ok(tokenizer)
 }

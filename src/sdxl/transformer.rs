@@ -29,7 +29,8 @@ impl Attention {
 
     /// `x` [B, T, width], `context` [B, S, context width].
     pub fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let (q, k, v) = (self.to_q.forward(x)?, self.to_k.forward(context)?, self.to_v.forward(context)?);
+        let (q, k, v) =
+            (self.to_q.forward(x)?, self.to_k.forward(context)?, self.to_v.forward(context)?);
         Ok(self.to_out.forward(&attention(&q, &k, &v, self.heads, None)?)?)
     }
 }
@@ -98,12 +99,26 @@ impl Transformer2D {
         let projection = if shape.linear_projection {
             Projection::Linear(input.linear(width, width)?, output.linear(width, width)?)
         } else {
-            Projection::Conv(input.conv(width, width, 1, 1, 0)?, output.conv(width, width, 1, 1, 0)?)
+            Projection::Conv(
+                input.conv(width, width, 1, 1, 0)?,
+                output.conv(width, width, 1, 1, 0)?,
+            )
         };
         let blocks = (0..shape.depth)
-            .map(|i| Block::load(&scope.at(format!("transformer_blocks.{i}")), width, shape.context, shape.heads))
+            .map(|i| {
+                Block::load(
+                    &scope.at(format!("transformer_blocks.{i}")),
+                    width,
+                    shape.context,
+                    shape.heads,
+                )
+            })
             .collect::<Result<_>>()?;
-        Ok(Self { norm: scope.at("norm").group_norm(shape.groups, width, 1e-6)?, projection, blocks })
+        Ok(Self {
+            norm: scope.at("norm").group_norm(shape.groups, width, 1e-6)?,
+            projection,
+            blocks,
+        })
     }
 
     /// `x` [B, C, H, W], `context` [B, S, D].

@@ -88,7 +88,9 @@ impl UNet {
         }
         let widest = channels[levels - 1];
         let mid = match config.mid_block_type {
-            Some(_) => Some(MidLevel::load(&scope.at("mid_block"), widest, shape, attention(levels - 1))?),
+            Some(_) => {
+                Some(MidLevel::load(&scope.at("mid_block"), widest, shape, attention(levels - 1))?)
+            }
             None => None,
         };
         let mut up = Vec::with_capacity(levels);
@@ -116,7 +118,11 @@ impl UNet {
             down,
             mid,
             up,
-            norm_out: scope.at("conv_norm_out").group_norm(config.norm_num_groups, first, config.norm_eps)?,
+            norm_out: scope.at("conv_norm_out").group_norm(
+                config.norm_num_groups,
+                first,
+                config.norm_eps,
+            )?,
             conv_out: scope.at("conv_out").conv(first, config.out_channels, 3, 1, 1)?,
         })
     }

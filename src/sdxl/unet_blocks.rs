@@ -82,9 +82,17 @@ impl Layer {
     ) -> Result<Self> {
         let resnet = scope.at(format!("resnets.{index}"));
         Ok(Self {
-            resnet: ResnetBlock::load(&resnet, channels, Some(shape.time), shape.groups, shape.eps)?,
+            resnet: ResnetBlock::load(
+                &resnet,
+                channels,
+                Some(shape.time),
+                shape.groups,
+                shape.eps,
+            )?,
             attention: attention
-                .map(|a| Transformer2D::load(&scope.at(format!("attentions.{index}")), channels.1, a))
+                .map(|a| {
+                    Transformer2D::load(&scope.at(format!("attentions.{index}")), channels.1, a)
+                })
                 .transpose()?,
         })
     }
@@ -120,13 +128,27 @@ impl DownLevel {
             Some(scope.at("downsamplers.0.conv").conv(output, output, 3, 2, padding)?)
         };
         let layers = (0..layers)
-            .map(|i| Layer::load(scope, i, (if i == 0 { input } else { output }, output), shape, attention))
+            .map(|i| {
+                Layer::load(
+                    scope,
+                    i,
+                    (if i == 0 { input } else { output }, output),
+                    shape,
+                    attention,
+                )
+            })
             .collect::<Result<_>>()?;
         Ok(Self { layers, downsample })
     }
 
     /// Pushes every intermediate state onto `skips`.
-    pub fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor, skips: &mut Vec<Tensor>) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        time: &Tensor,
+        context: &Tensor,
+        skips: &mut Vec<Tensor>,
+    ) -> Result<Tensor> {
         let mut x = x.clone();
         for layer in &self.layers {
             x = layer.forward(&x, time, context)?;
@@ -147,10 +169,21 @@ pub struct MidLevel {
 }
 
 impl MidLevel {
-    pub fn load(scope: &Scope, channels: usize, shape: BlockShape, attention: TransformerShape) -> Result<Self> {
+    pub fn load(
+        scope: &Scope,
+        channels: usize,
+        shape: BlockShape,
+        attention: TransformerShape,
+    ) -> Result<Self> {
         let resnet = |i: usize| {
             let scope = scope.at(format!("resnets.{i}"));
-            ResnetBlock::load(&scope, (channels, channels), Some(shape.time), shape.groups, shape.eps)
+            ResnetBlock::load(
+                &scope,
+                (channels, channels),
+                Some(shape.time),
+                shape.groups,
+                shape.eps,
+            )
         };
         let transformer = Transformer2D::load(&scope.at("attentions.0"), channels, attention)?;
         Ok(Self { first: resnet(0)?, rest: vec![(transformer, resnet(1)?)] })
@@ -190,14 +223,23 @@ impl UpLevel {
                 Layer::load(scope, i, (from + skip, output), shape, attention)
             })
             .collect::<Result<_>>()?;
-        let upsample =
-            if last { None } else { Some(scope.at("upsamplers.0.conv").conv(output, output, 3, 1, 1)?) };
+        let upsample = if last {
+            None
+        } else {
+            Some(scope.at("upsamplers.0.conv").conv(output, output, 3, 1, 1)?)
+        };
         Ok(Self { layers, upsample })
     }
 
     /// Pops its states off `skips`; grows to the size of the next one, so that
     /// odd sizes come back as they went in.
-    pub fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor, skips: &mut Vec<Tensor>) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        time: &Tensor,
+        context: &Tensor,
+        skips: &mut Vec<Tensor>,
+    ) -> Result<Tensor> {
         let mut x = x.clone();
         for layer in &self.layers {
             let Some(skip) = skips.pop() else {

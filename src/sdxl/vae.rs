@@ -22,9 +22,17 @@ impl VaeAttention {
     /// Reads the present names and those of old checkpoints (`query`, `proj_attn`).
     fn load(scope: &Scope, channels: usize, groups: usize) -> Result<Self> {
         let old = scope.has("query");
-        let names = if old { ["query", "key", "value", "proj_attn"] } else { ["to_q", "to_k", "to_v", "to_out.0"] };
+        let names = if old {
+            ["query", "key", "value", "proj_attn"]
+        } else {
+            ["to_q", "to_k", "to_v", "to_out.0"]
+        };
         let [q, k, v, out] = names.map(|n| scope.at(n).linear(channels, channels));
-        Ok(Self { norm: scope.at("group_norm").group_norm(groups, channels, EPS)?, qkv: [q?, k?, v?], out: out? })
+        Ok(Self {
+            norm: scope.at("group_norm").group_norm(groups, channels, EPS)?,
+            qkv: [q?, k?, v?],
+            out: out?,
+        })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
@@ -47,8 +55,15 @@ struct Mid {
 impl Mid {
     fn load(scope: &Scope, channels: usize, config: &VaeConfig) -> Result<Self> {
         let groups = config.norm_num_groups;
-        let resnet =
-            |i: usize| ResnetBlock::load(&scope.at(format!("resnets.{i}")), (channels, channels), None, groups, EPS);
+        let resnet = |i: usize| {
+            ResnetBlock::load(
+                &scope.at(format!("resnets.{i}")),
+                (channels, channels),
+                None,
+                groups,
+                EPS,
+            )
+        };
         let attention = if config.mid_block_add_attention {
             Some(VaeAttention::load(&scope.at("attentions.0"), channels, groups)?)
         } else {
@@ -96,7 +111,10 @@ impl Encoder {
                 } else {
                     Some(scope.at("downsamplers.0.conv").conv(to, to, 3, 2, 0)?)
                 };
-                Ok(Level { resnets: resnets(&scope, config.layers_per_block, (from, to), groups)?, resample })
+                Ok(Level {
+                    resnets: resnets(&scope, config.layers_per_block, (from, to), groups)?,
+                    resample,
+                })
             })
             .collect::<Result<_>>()?;
         let moments = 2 * config.latent_channels;
@@ -122,7 +140,11 @@ impl Encoder {
             }
             if let Some(conv) = &level.resample {
                 // diffusers pads only the right and the bottom here.
-                h = conv.forward(&h.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(D::Minus2, 0, 1)?)?;
+                h = conv.forward(&h.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(
+                    D::Minus2,
+                    0,
+                    1,
+                )?)?;
             }
         }
         h = self.conv_out.forward(&self.norm_out.forward_silu(&self.mid.forward(&h)?)?)?;
@@ -146,7 +168,8 @@ struct Decoder {
 impl Decoder {
     fn load(root: &Scope, config: &VaeConfig) -> Result<Self> {
         let scope = root.at("decoder");
-        let (channels, groups, latent) = (&config.block_out_channels, config.norm_num_groups, config.latent_channels);
+        let (channels, groups, latent) =
+            (&config.block_out_channels, config.norm_num_groups, config.latent_channels);
         let count = channels.len();
         let widest = channels[count - 1];
         let levels = (0..count)
@@ -158,7 +181,10 @@ impl Decoder {
                 } else {
                     Some(scope.at("upsamplers.0.conv").conv(to, to, 3, 1, 1)?)
                 };
-                Ok(Level { resnets: resnets(&scope, config.layers_per_block + 1, (from, to), groups)?, resample })
+                Ok(Level {
+                    resnets: resnets(&scope, config.layers_per_block + 1, (from, to), groups)?,
+                    resample,
+                })
             })
             .collect::<Result<_>>()?;
         Ok(Self {
@@ -194,7 +220,12 @@ impl Decoder {
     }
 }
 
-fn resnets(scope: &Scope, count: usize, (from, to): (usize, usize), groups: usize) -> Result<Vec<ResnetBlock>> {
+fn resnets(
+    scope: &Scope,
+    count: usize,
+    (from, to): (usize, usize),
+    groups: usize,
+) -> Result<Vec<ResnetBlock>> {
     (0..count)
         .map(|i| {
             let channels = (if i == 0 { from } else { to }, to);
@@ -210,6 +241,13 @@ pub struct Posterior {
     pub mean: Tensor,
     /// [B, C, h, w]
     pub std: Tensor,
+}
+
+impl Posterior {
+    /// `mean + std · noise`, with unit `noise` [B, C, h, w] of the caller's choosing.
+    pub fn sample(&self, noise: &Tensor) -> Result<Tensor> {
+        Ok((&self.mean + (&self.std * noise)?)?)
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -238,7 +276,8 @@ impl Vae {
         let moments = self.encoder.forward(images)?;
         let channels = self.config.latent_channels;
         let mean = moments.narrow(1, 0, channels)?.contiguous()?;
-        let log_variance = moments.narrow(1, channels, channels)?.contiguous()?.clamp(-30.0, 20.0)?;
+        let log_variance =
+            moments.narrow(1, channels, channels)?.contiguous()?.clamp(-30.0, 20.0)?;
         Ok(Posterior { mean, std: (log_variance * 0.5)?.exp()? })
     }
 
@@ -249,7 +288,8 @@ impl Vae {
 
     /// Latents of the U-Net's space [B, C, h, w] → images [B, 3, H, W], nominally in [-1, 1].
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        let z = ((latents / self.config.scaling_factor)? + self.config.shift_factor.unwrap_or(0.0))?;
+        let z =
+            ((latents / self.config.scaling_factor)? + self.config.shift_factor.unwrap_or(0.0))?;
         self.decoder.forward(&z)
     }
 }

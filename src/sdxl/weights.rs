@@ -44,7 +44,8 @@ impl Weights {
         let mut tensors = HashMap::new();
         for file in &files {
             for (name, tensor) in read_safetensors(file, device)? {
-                let tensor = if tensor.dtype().is_float() { tensor.to_dtype(dtype)? } else { tensor };
+                let tensor =
+                    if tensor.dtype().is_float() { tensor.to_dtype(dtype)? } else { tensor };
                 if tensors.insert(name.clone(), tensor).is_some() {
                     return Err(Error::file(file, format!("tensor '{name}' is in two shards")));
                 }
@@ -66,7 +67,11 @@ impl Weights {
     ///
     /// # Errors
     /// Lists every tensor that is missing, has another shape, or was not asked for.
-    pub fn build<T>(&self, lora: Option<&LoraMap>, make: impl FnOnce(&Scope) -> Result<T>) -> Result<T> {
+    pub fn build<T>(
+        &self,
+        lora: Option<&LoraMap>,
+        make: impl FnOnce(&Scope) -> Result<T>,
+    ) -> Result<T> {
         let report = Arc::new(Mutex::new(Report::default()));
         let scope = Scope {
             weights: self.clone(),
@@ -86,7 +91,10 @@ impl Weights {
             .map(|(what, names)| format!("{} {what}: {}", names.len(), names.join(", ")))
             .collect::<Vec<_>>()
             .join("; ");
-        Err(Error::Weights(format!("{}: weights do not fit the configuration: {summary}", self.source.display())))
+        Err(Error::Weights(format!(
+            "{}: weights do not fit the configuration: {summary}",
+            self.source.display()
+        )))
     }
 }
 
@@ -104,7 +112,11 @@ struct Report {
 }
 
 impl Report {
-    fn lists(&self, tensors: &HashMap<String, Tensor>, lora: Option<&LoraMap>) -> Vec<(&'static str, Vec<String>)> {
+    fn lists(
+        &self,
+        tensors: &HashMap<String, Tensor>,
+        lora: Option<&LoraMap>,
+    ) -> Vec<(&'static str, Vec<String>)> {
         let mut extra: Vec<String> =
             tensors.keys().filter(|k| !self.used.contains(*k) && !is_buffer(k)).cloned().collect();
         extra.sort();
@@ -139,7 +151,11 @@ pub struct Scope {
 impl Scope {
     /// Goes down to `name` (which may hold dots).
     pub fn at(&self, name: impl std::fmt::Display) -> Self {
-        let prefix = if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) };
+        let prefix = if self.prefix.is_empty() {
+            name.to_string()
+        } else {
+            format!("{}.{name}", self.prefix)
+        };
         Self { prefix, ..self.clone() }
     }
 
@@ -165,7 +181,9 @@ impl Scope {
         match self.weights.tensors.get(&full) {
             Some(tensor) if tensor.dims() == shape => Ok(tensor.clone()),
             Some(tensor) => {
-                report.misshaped.push(format!("{full} (expected {shape:?}, got {:?})", tensor.dims()));
+                report
+                    .misshaped
+                    .push(format!("{full} (expected {shape:?}, got {:?})", tensor.dims()));
                 Ok(Tensor::zeros(shape, tensor.dtype(), tensor.device())?)
             }
             None => {
@@ -187,7 +205,10 @@ impl Scope {
         for (name, tensor, expected) in [("down", &found.down, &down), ("up", &found.up, &up)] {
             if tensor.dims() != expected {
                 let got = tensor.dims();
-                let message = format!("adapter of {}, {name} (expected {expected:?}, got {got:?})", self.prefix);
+                let message = format!(
+                    "adapter of {}, {name} (expected {expected:?}, got {got:?})",
+                    self.prefix
+                );
                 report.misshaped.push(message);
             }
         }
@@ -195,16 +216,30 @@ impl Scope {
     }
 
     pub fn linear(&self, input: usize, output: usize) -> Result<Linear> {
-        Ok(Linear { bias: Some(self.tensor("bias", &[output])?), ..self.linear_no_bias(input, output)? })
+        Ok(Linear {
+            bias: Some(self.tensor("bias", &[output])?),
+            ..self.linear_no_bias(input, output)?
+        })
     }
 
     pub fn linear_no_bias(&self, input: usize, output: usize) -> Result<Linear> {
         let shape = [output, input];
-        Ok(Linear { weight: self.tensor("weight", &shape)?, bias: None, adapter: self.low_rank(&shape) })
+        Ok(Linear {
+            weight: self.tensor("weight", &shape)?,
+            bias: None,
+            adapter: self.low_rank(&shape),
+        })
     }
 
     /// A square convolution; `padding` is symmetric.
-    pub fn conv(&self, input: usize, output: usize, kernel: usize, stride: usize, padding: usize) -> Result<Conv2d> {
+    pub fn conv(
+        &self,
+        input: usize,
+        output: usize,
+        kernel: usize,
+        stride: usize,
+        padding: usize,
+    ) -> Result<Conv2d> {
         let shape = [output, input, kernel, kernel];
         Ok(Conv2d {
             weight: self.tensor("weight", &shape)?,
@@ -217,15 +252,21 @@ impl Scope {
 
     pub fn group_norm(&self, groups: usize, channels: usize, eps: f64) -> Result<GroupNorm> {
         if groups == 0 || !channels.is_multiple_of(groups) {
-            let message = format!("{}: {channels} channels do not split into {groups} groups", self.prefix);
+            let message =
+                format!("{}: {channels} channels do not split into {groups} groups", self.prefix);
             return Err(Error::invalid("norm_num_groups", message));
         }
-        let (weight, bias) = (self.tensor("weight", &[channels])?, self.tensor("bias", &[channels])?);
+        let (weight, bias) =
+            (self.tensor("weight", &[channels])?, self.tensor("bias", &[channels])?);
         Ok(GroupNorm { groups, eps, weight, bias })
     }
 
     pub fn layer_norm(&self, width: usize, eps: f64) -> Result<LayerNorm> {
-        Ok(LayerNorm { eps, weight: self.tensor("weight", &[width])?, bias: self.tensor("bias", &[width])? })
+        Ok(LayerNorm {
+            eps,
+            weight: self.tensor("weight", &[width])?,
+            bias: self.tensor("bias", &[width])?,
+        })
     }
 }
 
@@ -239,9 +280,10 @@ pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
                 return Ok(vec![single]);
             }
             tried.push(format!("{stem}{variant}.safetensors"));
-            for index in
-                [format!("{stem}.safetensors.index{variant}.json"), format!("{stem}{variant}.safetensors.index.json")]
-            {
+            for index in [
+                format!("{stem}.safetensors.index{variant}.json"),
+                format!("{stem}{variant}.safetensors.index.json"),
+            ] {
                 let path = folder.join(&index);
                 if path.is_file() {
                     let index: ShardIndex = read_json(&path)?;
@@ -251,7 +293,10 @@ pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
             }
         }
     }
-    Err(Error::file(folder, format!("no weights here: expected one of {} or a sharded index", tried.join(", "))))
+    Err(Error::file(
+        folder,
+        format!("no weights here: expected one of {} or a sharded index", tried.join(", ")),
+    ))
 }
 
 /// Reads every tensor of a safetensors file in its own dtype.
@@ -277,7 +322,12 @@ pub fn write_safetensors(
 
 /// Writes a component's weights as diffusers does: one file, or shards of at
 /// most `shard_bytes` with an index. `stem` is `model` or `diffusion_pytorch_model`.
-pub fn save_component(folder: &Path, stem: &str, tensors: &BTreeMap<String, Tensor>, shard_bytes: usize) -> Result<()> {
+pub fn save_component(
+    folder: &Path,
+    stem: &str,
+    tensors: &BTreeMap<String, Tensor>,
+    shard_bytes: usize,
+) -> Result<()> {
     let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
     let mut shards: Vec<BTreeMap<String, Tensor>> = vec![BTreeMap::new()];
     let (mut filled, mut total) = (0, 0);
@@ -298,7 +348,8 @@ pub fn save_component(folder: &Path, stem: &str, tensors: &BTreeMap<String, Tens
         write_safetensors(&folder.join(&file), only, metadata())?;
         return remove_others(folder, stem, &[file]);
     }
-    let (mut map, mut kept) = (serde_json::Map::new(), vec![format!("{stem}.safetensors.index.json")]);
+    let (mut map, mut kept) =
+        (serde_json::Map::new(), vec![format!("{stem}.safetensors.index.json")]);
     for (i, shard) in shards.iter().enumerate() {
         let file = format!("{stem}-{:05}-of-{:05}.safetensors", i + 1, shards.len());
         map.extend(shard.keys().map(|k| (k.clone(), file.clone().into())));
@@ -318,7 +369,9 @@ fn remove_others(folder: &Path, stem: &str, kept: &[String]) -> Result<()> {
         let Some(name) = path.file_name().and_then(|n| n.to_str()) else { continue };
         let ours = name == format!("{stem}.safetensors")
             || name == format!("{stem}.safetensors.index.json")
-            || (name.starts_with(&shard) && name.contains("-of-") && name.ends_with(".safetensors"));
+            || (name.starts_with(&shard)
+                && name.contains("-of-")
+                && name.ends_with(".safetensors"));
         if ours && !kept.iter().any(|k| k == name) {
             std::fs::remove_file(&path).map_err(|e| Error::file(&path, e))?;
         }

@@ -191,11 +191,10 @@ fn solve<const N: usize>(mut a: [[f64; N]; N], mut b: [f64; N]) -> Option<[f64; 
         if a[i][i].abs() < 1e-12 {
             return None;
         }
+        let row = a[i];
         for j in i + 1..N {
-            let f = a[j][i] / a[i][i];
-            for k in i..N {
-                a[j][k] -= f * a[i][k];
-            }
+            let f = a[j][i] / row[i];
+            a[j].iter_mut().zip(row).skip(i).for_each(|(cell, above)| *cell -= f * above);
             b[j] -= f * b[i];
         }
     }

@@ -3,7 +3,7 @@
 use std::f32::consts::TAU;
 
 use super::super::vocabulary::{Colour, TEXTURE_CELLS};
-use super::raster::Raster;
+use super::raster::{Raster, Rgb};
 use super::template::Fit;
 
 /// Spread of a colour around its two tones, in RGB levels.
@@ -17,8 +17,6 @@ const NO_COLOUR: f32 = 58.0;
 const TEXTURED: f32 = 0.10;
 /// Angle between the vertical and the horizontal modulation that parts stripes from dots.
 const DOT_ANGLE: f32 = 0.42;
-
-type Rgb = [f32; 3];
 
 fn tones(colour: Colour) -> [Rgb; 2] {
     [colour.rgb(), colour.second_tone()].map(|t| t.map(f32::from))
@@ -110,23 +108,18 @@ fn modulation(raster: &Raster, inside: &[usize], colour: usize) -> (f32, f32) {
     let middle = (sum.0 / n, sum.1 / n);
     for &k in inside {
         let (x, y) = ((k % raster.width) as f32 - middle.0, (k / raster.width) as f32 - middle.1);
-        let p = raster.pixels[k];
+        let p = raster.raw[k];
         let tone = dot(std::array::from_fn(|c| p[c] - fill[c]), axis) * scale;
         let (sin_y, cos_y) = (TAU * y / period).sin_cos();
         let (sin_x, cos_x) = (TAU * x / period).sin_cos();
         let basis = [1.0, x / period, y / period, cos_y, sin_y, cos_x, sin_x].map(f64::from);
-        for i in 0..TERMS {
-            for j in 0..=i {
-                normal[i][j] += basis[i] * basis[j];
-            }
-            right[i] += basis[i] * f64::from(tone.clamp(-0.5, 1.5));
+        for ((row, r), b) in normal.iter_mut().zip(&mut right).zip(basis) {
+            row.iter_mut().zip(basis).for_each(|(cell, other)| *cell += b * other);
+            *r += b * f64::from(tone.clamp(-0.5, 1.5));
         }
     }
-    for i in 0..TERMS {
-        for j in i + 1..TERMS {
-            normal[i][j] = normal[j][i];
-        }
-        normal[i][i] += 0.02 * f64::from(n);
+    for (i, row) in normal.iter_mut().enumerate() {
+        row[i] += 0.02 * f64::from(n);
     }
     let Some(w) = super::solve(normal, right) else { return (0.0, 0.0) };
     // A pixel averages over its width, which weakens a short period.

@@ -5,11 +5,19 @@ use image::RgbImage;
 /// Pixels on the shorter side above which an image is averaged down first.
 const LARGE: usize = 256;
 
+/// Noise above which the pixels are smoothed first.
+const NOISY: f32 = 12.0;
+
+pub(super) type Rgb = [f32; 3];
+
 /// An image in linear memory with, for each pixel, how far it is from the background.
 pub(super) struct Raster {
     pub width: usize,
     pub height: usize,
-    pub pixels: Vec<[f32; 3]>,
+    /// The pixels, smoothed if there is much noise.
+    pub pixels: Vec<Rgb>,
+    /// The pixels as they are.
+    pub raw: Vec<Rgb>,
     /// Euclidean distance from the background in RGB levels.
     pub contrast: Vec<f32>,
     /// Typical distance of a background pixel: the noise.
@@ -23,14 +31,51 @@ impl Raster {
         if width.min(height) < 8 {
             return None;
         }
-        let background = Background::estimate(width, height, &pixels);
-        let contrast: Vec<f32> = pixels
-            .iter()
-            .enumerate()
-            .map(|(k, p)| distance(*p, background.at(k % width, k / width)))
+        let mut raster = Self {
+            width,
+            height,
+            pixels: pixels.clone(),
+            raw: pixels,
+            contrast: vec![],
+            noise: 0.0,
+        };
+        raster.measure();
+        for _ in 0..2 {
+            if raster.noise > NOISY {
+                raster.smooth();
+                raster.measure();
+            }
+        }
+        Some(raster)
+    }
+
+    /// Estimates the background, and from it the contrast and the noise.
+    fn measure(&mut self) {
+        let background = Background::estimate(self.width, self.height, &self.pixels);
+        let at = |k: usize| background.at(k % self.width, k / self.width);
+        self.contrast = self.pixels.iter().enumerate().map(|(k, p)| distance(*p, at(k))).collect();
+        self.noise = median(&mut self.contrast.clone());
+    }
+
+    /// Weighs each pixel 2:1 with its neighbours along both axes.
+    fn smooth(&mut self) {
+        let (w, h) = (self.width, self.height);
+        let blend = |pixels: &[Rgb], k: usize, before: usize, after: usize| {
+            let (a, m, b) = (pixels[before], pixels[k], pixels[after]);
+            std::array::from_fn(|c| 0.25 * (a[c] + b[c]) + 0.5 * m[c])
+        };
+        let rows: Vec<Rgb> = (0..w * h)
+            .map(|k| {
+                let x = k % w;
+                blend(&self.pixels, k, k - usize::from(x > 0), k + usize::from(x + 1 < w))
+            })
             .collect();
-        let noise = median(&mut contrast.clone());
-        Some(Self { width, height, pixels, contrast, noise })
+        self.pixels = (0..w * h)
+            .map(|k| {
+                let y = k / w;
+                blend(&rows, k, k - w * usize::from(y > 0), k + w * usize::from(y + 1 < h))
+            })
+            .collect();
     }
 
     pub(super) fn side(&self) -> f32 {
@@ -134,9 +179,9 @@ impl Background {
         // A light pull to a flat background keeps the slopes tame.
         normal[1][1] += 1e-3 * normal[0][0];
         normal[2][2] += 1e-3 * normal[0][0];
-        for c in 0..3 {
-            if let Some(solution) = super::solve(normal, right[c]) {
-                self.plane[c] = solution.map(|v| v as f32);
+        for (plane, right) in self.plane.iter_mut().zip(right) {
+            if let Some(solution) = super::solve(normal, right) {
+                *plane = solution.map(|v| v as f32);
             }
         }
     }

@@ -10,6 +10,8 @@ const EXTENT: f32 = 1.6;
 const NODES: usize = 65;
 /// Samples an axis when tracing a shape's outline.
 const TRACE: usize = 176;
+/// A shape whose first fit is this much worse than the best is not refined.
+const BEHIND: f32 = 0.15;
 
 /// One shape as a signed distance field (negative inside) in units of its radius.
 pub(super) struct Template {
@@ -128,8 +130,8 @@ impl Patch {
         if either > 0.0 { both / either } else { 0.0 }
     }
 
-    /// The best fit of each shape, in the order of `Shape::ALL`. Only the
-    /// likelier half is refined; the others keep the fit from their moments.
+    /// The best fit of each shape, in the order of `Shape::ALL`. Shapes that
+    /// start far behind keep the fit from their moments.
     pub(super) fn fit(&self) -> Vec<Fit> {
         let (mut area, mut mx, mut my) = (0.0_f32, 0.0, 0.0);
         for (k, &a) in self.alpha.iter().enumerate() {
@@ -139,7 +141,7 @@ impl Patch {
         }
         let area = area.max(1e-3);
         let (mx, my) = (mx / area, my / area);
-        let stride = ((area.sqrt() / 28.0) as usize).max(1);
+        let stride = ((area.sqrt() / 16.0) as usize).max(1);
         let mut fits: Vec<Fit> = TEMPLATES
             .iter()
             .enumerate()
@@ -150,10 +152,11 @@ impl Patch {
                 fit
             })
             .collect();
-        let mut order: Vec<usize> = (0..fits.len()).collect();
-        order.sort_by(|&a, &b| fits[b].iou.total_cmp(&fits[a].iou));
-        for &k in &order[..3] {
-            fits[k] = self.refine(fits[k], stride);
+        let first = fits.iter().map(|f| f.iou).fold(0.0, f32::max);
+        for fit in &mut fits {
+            if fit.iou > first - BEHIND {
+                *fit = self.refine(*fit, stride);
+            }
         }
         fits
     }
@@ -162,7 +165,7 @@ impl Patch {
     fn refine(&self, mut best: Fit, stride: usize) -> Fit {
         let mut step = (0.06 * best.radius).max(0.3);
         for _ in 0..3 {
-            for _ in 0..3 {
+            for _ in 0..2 {
                 let before = best.iou;
                 for axis in 0..3 {
                     for sign in [-1.0, 1.0] {
