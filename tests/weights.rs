@@ -114,6 +114,35 @@ fn every_precision_loads() {
     }
 }
 
+/// Reading and saving a whole checkpoint changes nothing, and it stays usable.
+#[test]
+fn checkpoints_come_back_whole() {
+    for (name, dtype) in [("ddim_tiny", DType::F16), ("euler_sdxl_shape", DType::F32)] {
+        let folder = fixtures().join("parity").join(name);
+        let model = open(&folder).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        for shard in [WHOLE, 30_000, WHOLE] {
+            model.save(dir.path(), dtype, shard).unwrap();
+            let back = open(dir.path()).unwrap();
+            for part in ["unet", "vae", "text_encoder", "text_encoder_2"] {
+                let of = |folder: &Path| load(&folder.join(part), DType::F32).unwrap();
+                same_bits(&of(&folder), &of(dir.path()));
+            }
+            assert_eq!(back.force_zeros_for_empty_prompt, model.force_zeros_for_empty_prompt);
+            if folder.join("tokenizer").is_dir() {
+                let [ours, theirs] = [&back, &model].map(|m| m.tokenizers().unwrap());
+                let prompt = "three small dotted stars";
+                assert_eq!(ours[1].encode(prompt).unwrap(), theirs[1].encode(prompt).unwrap());
+            }
+            let scheduler = "scheduler/scheduler_config.json";
+            let bytes = [dir.path(), &folder].map(|f| std::fs::read(f.join(scheduler)).unwrap());
+            assert_eq!(bytes[0], bytes[1]);
+        }
+        let error = model.save(&folder, dtype, WHOLE).unwrap_err().to_string();
+        assert_names(&error, &[name]);
+    }
+}
+
 /// Half precision runs through the composed operations.
 #[test]
 fn the_unet_in_half_precision_stays_close() {

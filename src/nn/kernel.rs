@@ -23,6 +23,7 @@ impl Real for f32 {
     const ONE: Self = 1.0;
 
     /// 2^n · e^f with a degree-7 polynomial on |f| ≤ ln 2 / 2 (Cephes' coefficients).
+    #[expect(clippy::excessive_precision, reason = "Cephes' constants as published")]
     #[inline(always)]
     fn exponential(self) -> Self {
         const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: adding it rounds to an integer
