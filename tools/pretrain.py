@@ -4,9 +4,9 @@
     cargo run --release --bin ds-train -- export-scenes --out work/train.safetensors --count 40000
     cargo run --release --bin ds-train -- export-scenes --out work/val.safetensors --split validation --count 2000 --seed 1
     python tools/pretrain.py vae    --work work --steps 2400
-    python tools/pretrain.py decoder --work work --steps 600
-    python tools/pretrain.py base   --work work --steps 3200
-    python tools/pretrain.py clip   --work work --steps 2000
+    python tools/pretrain.py decoder --work work --steps 300
+    python tools/pretrain.py base   --work work --steps 2300
+    python tools/pretrain.py clip   --work work --steps 1200
     python tools/pretrain.py export --work work --out models/tiny
     python tools/pretrain.py evaluate-clip --work work
     python tools/pretrain.py reconstruct --work work

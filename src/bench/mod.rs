@@ -1,10 +1,11 @@
 //! Sweeps, statistics, tables and plots, run on any [`crate::engine::Backend`].
 //!
 //! One file per `ds-bench` subcommand ([`nfe_sweep`], [`sweep_merge`],
-//! [`parity_cmd`], [`scene_report`]), over the parts they share: the grid and its resumable cells
-//! ([`sweep`], [`arm`], [`cell`], [`manifest`]), what is read off them
-//! ([`stats`], [`summary`], [`report`], [`plot`]), and where prompts and images
-//! come from ([`prompts`], [`remote`], [`wiring`]).
+//! [`parity_cmd`], [`scene_report`], [`speed`]), over the parts they share: the
+//! grid and its resumable cells ([`sweep`], [`arm`], [`cell`], [`manifest`]),
+//! what is read off them ([`stats`], [`summary`], [`report`], [`plot`]), where
+//! prompts and images come from ([`prompts`], [`remote`], [`wiring`]), and the
+//! work that is timed ([`workload`], also by the criterion benches).
 
 pub mod arm;
 pub mod cell;
@@ -19,8 +20,10 @@ pub mod prompts;
 pub mod remote;
 pub mod report;
 pub mod scene_report;
+pub mod speed;
 pub mod stats;
 pub mod summary;
 pub mod sweep;
 pub mod sweep_merge;
 pub mod wiring;
+pub mod workload;

@@ -57,18 +57,27 @@ pub fn run(model: &Path, inputs: &Path, out: &Path, steps: usize, guidance: f64)
     let timesteps = given.get("timesteps", 1, DType::F32)?;
     let time_ids = given.get("time_ids", 2, DType::F32)?;
     let image = given.get("image", 4, DType::F32)?;
-    let text = folder.encode_ids(&given.ids("input_ids")?, &given.ids("input_ids_2")?)?;
+    let (ids, ids_2) = (given.ids("input_ids")?, given.ids("input_ids_2")?);
     let batch = latents.dim(0)?;
     for (name, rows) in [
         ("timesteps", timesteps.dim(0)?),
         ("time_ids", time_ids.dim(0)?),
-        ("input_ids", text.context.dim(0)?),
-        ("input_ids_2", text.pooled.dim(0)?),
+        ("input_ids", ids.len()),
+        ("input_ids_2", ids_2.len()),
     ] {
         if rows != batch {
             return Err(Error::file(inputs, format!("'{name}': {rows} rows for {batch} latents")));
         }
     }
+    let (length, length_2) = (ids.first().map_or(0, Vec::len), ids_2.first().map_or(0, Vec::len));
+    if length != length_2 {
+        let message = format!("'input_ids_2': rows of {length_2} tokens, 'input_ids' has {length}");
+        return Err(Error::file(inputs, message));
+    }
+    if time_ids.dim(1)? != 6 {
+        return Err(Error::file(inputs, "'time_ids': expected 6 values a row"));
+    }
+    let text = folder.encode_ids(&ids, &ids_2)?;
     let mut results = BTreeMap::new();
     let noise =
         folder.unet.forward(&latents, &timesteps, &text.context, &text.pooled, &time_ids)?;

@@ -1,10 +1,10 @@
-//! `ds-bench`: sweeps, statistics and parity, on the engine or a server.
+//! `ds-bench`: sweeps, statistics, parity and speed, on the engine or a server.
 
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use diffusion_sharpening::bench::{nfe_sweep, parity_cmd, scene_report, sweep_merge};
+use diffusion_sharpening::bench::{nfe_sweep, parity_cmd, scene_report, speed, sweep_merge};
 use diffusion_sharpening::engine::CancelToken;
 
 #[global_allocator]
@@ -28,6 +28,7 @@ enum Command {
     NfeSweep(Box<nfe_sweep::Args>),
     SweepMerge(sweep_merge::Args),
     Parity(parity_cmd::Args),
+    Speed(speed::Args),
     SceneReport(scene_report::Args),
 }
 
@@ -49,6 +50,7 @@ fn main() -> anyhow::Result<ExitCode> {
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::NfeSweep(args) => return sweep(&args),
+        Command::Speed(args) => return speed::run(&args),
         Command::SweepMerge(args) => sweep_merge::run(&args)?,
         Command::Parity(args) => parity_cmd::run(&args)?,
         Command::SceneReport(args) => scene_report::run(&args)?,

@@ -77,6 +77,9 @@ pub struct SchedulerConfig {
     pub solver_type: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub solver_order: Option<u32>,
+    /// Every other key, to refuse what is set to something unsupported.
+    #[serde(flatten)]
+    pub rest: serde_json::Map<String, serde_json::Value>,
 }
 
 impl Default for SchedulerConfig {
@@ -103,6 +106,7 @@ impl Default for SchedulerConfig {
             algorithm_type: None,
             solver_type: None,
             solver_order: None,
+            rest: serde_json::Map::new(),
         }
     }
 }
@@ -158,6 +162,27 @@ impl SchedulerConfig {
             if on {
                 return Err(Error::invalid(key, "is for pixel-space models; set it to false"));
             }
+        }
+        for (key, only) in [
+            ("use_exponential_sigmas", false),
+            ("use_beta_sigmas", false),
+            ("use_lu_lambdas", false),
+            ("use_flow_sigmas", false),
+            ("euler_at_final", false),
+            ("lower_order_final", true),
+        ] {
+            let set = self.rest.get(key).and_then(serde_json::Value::as_bool);
+            if set.is_some_and(|on| on != only) {
+                return Err(Error::invalid(key, format!("only {only} is supported")));
+            }
+        }
+        for key in ["lambda_min_clipped", "variance_type"] {
+            if self.rest.get(key).is_some_and(|value| !value.is_null()) {
+                return Err(Error::invalid(key, "is not supported; leave it out"));
+            }
+        }
+        if self.rest.get("timestep_type").is_some_and(|kind| kind == "continuous") {
+            return Err(Error::invalid("timestep_type", "only 'discrete' is supported"));
         }
         if self.num_train_timesteps < 2 {
             return Err(Error::invalid("num_train_timesteps", "must be at least 2"));

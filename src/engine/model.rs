@@ -75,7 +75,11 @@ impl Model {
         }
         let folder = self.base.folder();
         let lora = LoraMap::read(path, &folder.unet_modules(), DType::F32, &Device::Cpu)?;
-        let model = self.base.with_unet(folder.unet_with(&lora)?);
+        let unet = folder.unet_with(&lora).map_err(|e| match e {
+            Error::Weights(message) => Error::file(path, message),
+            other => other,
+        })?;
+        let model = self.base.with_unet(unet);
         adapted.insert(name.to_owned(), model.clone());
         Ok(Guided(model))
     }
@@ -135,10 +139,10 @@ fn adapter_files(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(|e| Error::file(folder, e))? {
         let path = entry.map_err(|e| Error::file(folder, e))?.path();
-        if path.extension().is_some_and(|e| e == "safetensors") {
-            if let Some(stem) = path.file_stem().and_then(|s| s.to_str()) {
-                found.push((stem.to_owned(), path.clone()));
-            }
+        if path.extension().is_some_and(|e| e == "safetensors")
+            && let Some(stem) = path.file_stem().and_then(|s| s.to_str())
+        {
+            found.push((stem.to_owned(), path.clone()));
         }
     }
     found.sort();

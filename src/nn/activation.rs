@@ -41,7 +41,8 @@ fn gated(x: &Tensor, slope: f64) -> Result<Tensor> {
     if fused(x) {
         return x.contiguous()?.apply_op1(SigmoidGate { slope });
     }
-    x * ((x * -slope)?.exp()? + 1.0)?.recip()?
+    // Spelled out, exp(-x) overflows far below zero and its gradient is 0 · ∞.
+    (x * slope)?.silu()? / slope
 }
 
 struct SigmoidGate {

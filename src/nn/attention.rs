@@ -17,7 +17,22 @@ pub fn attention(
     heads: usize,
     mask: Option<&Tensor>,
 ) -> Result<Tensor> {
+    attention_in_slices(q, k, v, heads, mask, SCORES_AT_ONCE)
+}
+
+/// [`attention`] with at most about `scores` score elements alive at a time.
+pub fn attention_in_slices(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: usize,
+    mask: Option<&Tensor>,
+    scores: usize,
+) -> Result<Tensor> {
     let (batch, targets, width) = q.dims3()?;
+    if heads == 0 || !width.is_multiple_of(heads) {
+        candle_core::bail!("attention: {heads} heads do not divide a width of {width}");
+    }
     let sources = k.dim(1)?;
     let dtype = q.dtype();
     let split = |x: &Tensor| -> Result<Tensor> {
@@ -29,7 +44,7 @@ pub fn attention(
     let scale = 1.0 / ((width / heads) as f64).sqrt();
     let (q, k, v) = ((split(q)? * scale)?, split(k)?, split(v)?);
     let kt = k.transpose(2, 3)?.contiguous()?;
-    let slice = (SCORES_AT_ONCE / (batch * heads * sources).max(1)).clamp(1, targets.max(1));
+    let slice = (scores / (batch * heads * sources).max(1)).clamp(1, targets.max(1));
     let mut parts = Vec::new();
     for start in (0..targets).step_by(slice) {
         let length = slice.min(targets - start);

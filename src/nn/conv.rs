@@ -1,5 +1,7 @@
 //! 2-D convolution as one matrix product per image.
 
+use std::ops::Range;
+
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType};
 use gemm::Parallelism;
@@ -42,8 +44,23 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, stride: usize, padding: usize) -> Res
     if fused(x) {
         x.contiguous()?.apply_op2(&weight.contiguous()?, Conv { stride, padding })
     } else {
-        x.contiguous()?.conv2d(&weight.contiguous()?, padding, stride, 1, 1)
+        composed(x, &weight.contiguous()?, stride, padding)
     }
+}
+
+/// candle's convolution. Its backward takes the height's remainder under the
+/// stride for the width's too, so where they differ the input is padded and
+/// cut here to leave none.
+fn composed(x: &Tensor, weight: &Tensor, stride: usize, padding: usize) -> Result<Tensor> {
+    let (_, _, kh, kw) = weight.dims4()?;
+    let rest = |size: usize, k: usize| (size + 2 * padding).saturating_sub(k) % stride;
+    let (rows, columns) = (rest(x.dim(2)?, kh), rest(x.dim(3)?, kw));
+    if rows == columns {
+        return x.contiguous()?.conv2d(weight, padding, stride, 1, 1);
+    }
+    let x = x.pad_with_zeros(2, padding, padding)?.pad_with_zeros(3, padding, padding)?;
+    let x = x.narrow(2, 0, x.dim(2)? - rows)?.narrow(3, 0, x.dim(3)? - columns)?;
+    x.contiguous()?.conv2d(weight, 0, stride, 1, 1)
 }
 
 struct Conv {
@@ -110,37 +127,46 @@ impl CustomOp2 for Conv {
     }
 }
 
-/// A row-major matrix and its leading dimension order for [`product`].
+/// A matrix inside a slice, for [`product`].
 #[derive(Clone, Copy)]
 struct Matrix<'a, T> {
     data: &'a [T],
-    row_stride: isize,
-    column_stride: isize,
+    row_stride: usize,
+    column_stride: usize,
 }
 
 impl<'a, T> Matrix<'a, T> {
-    fn new(data: &'a [T], columns: usize) -> Self {
-        Self { data, row_stride: columns as isize, column_stride: 1 }
+    /// Row-major, `row_stride` elements from row to row.
+    fn new(data: &'a [T], row_stride: usize) -> Self {
+        Self { data, row_stride, column_stride: 1 }
     }
 
     fn transposed(self) -> Self {
         Self { row_stride: self.column_stride, column_stride: self.row_stride, ..self }
     }
+
+    fn holds(&self, rows: usize, columns: usize) -> bool {
+        (rows - 1) * self.row_stride + (columns - 1) * self.column_stride < self.data.len()
+    }
 }
 
-/// `dst` [m, n] (row-major) = or += `a` [m, k] · `b` [k, n].
+/// `dst` [m, n] (rows `dst_stride` apart) = or += `a` [m, k] · `b` [k, n].
 fn product<T: Real>(
-    dst: &mut [T],
+    (dst, dst_stride): (&mut [T], usize),
     (m, n, k): (usize, usize, usize),
     a: Matrix<T>,
     b: Matrix<T>,
     accumulate: bool,
     parallelism: Parallelism,
 ) {
-    assert!(dst.len() == m * n && a.data.len() == m * k && b.data.len() == k * n);
-    // SAFETY: the three slices hold m·n, m·k and k·n elements (checked above) and every
-    // (row, column) index below (m, k), (k, n), (m, n) with the strides of a dense row-major
-    // matrix or of its transpose stays inside them; `dst` is borrowed mutably, so it does not alias.
+    if m == 0 || n == 0 || k == 0 {
+        return;
+    }
+    assert!(n <= dst_stride && (m - 1) * dst_stride + n <= dst.len());
+    assert!(a.holds(m, k) && b.holds(k, n));
+    // SAFETY: the asserts above bound the largest offset that any (row, column) index below
+    // (m, n), (m, k), (k, n) reaches in its slice; rows of `dst` do not overlap, and `dst` is
+    // borrowed mutably, so it aliases neither operand.
     unsafe {
         gemm::gemm(
             m,
@@ -148,14 +174,14 @@ fn product<T: Real>(
             k,
             dst.as_mut_ptr(),
             1,
-            n as isize,
+            dst_stride as isize,
             accumulate,
             a.data.as_ptr(),
-            a.column_stride,
-            a.row_stride,
+            a.column_stride as isize,
+            a.row_stride as isize,
             b.data.as_ptr(),
-            b.column_stride,
-            b.row_stride,
+            b.column_stride as isize,
+            b.row_stride as isize,
             T::ONE,
             T::ONE,
             false,
@@ -187,41 +213,61 @@ fn over_images<T: Real>(
     }
 }
 
-fn columns<'a, T: Real>(window: &Window, image: &'a [T], buffer: &'a mut Vec<T>) -> &'a [T] {
+/// The columns of a band, in `buffer` or (1×1) in the image itself.
+fn columns<'a, T: Real>(
+    window: &Window,
+    image: &'a [T],
+    band: &Range<usize>,
+    buffer: &'a mut Vec<T>,
+    parallelism: Parallelism,
+) -> &'a [T] {
     if window.is_identity() {
         return image;
     }
-    buffer.resize(window.rows() * window.positions(), T::ZERO);
-    im2col(window, image, buffer);
+    buffer.resize(window.rows() * band.len() * window.out_width(), T::ZERO);
+    im2col(window, image, band, buffer, matches!(parallelism, Parallelism::Rayon(_)));
     buffer
 }
 
 fn forward<T: Real>(window: &Window, x: &[T], w: &[T], batch: usize, out: usize) -> Vec<T> {
-    let (rows, positions) = (window.rows(), window.positions());
+    let (rows, positions, ow) = (window.rows(), window.positions(), window.out_width());
     let input = window.channels * window.height * window.width;
     let mut y = vec![T::ZERO; batch * out * positions];
     over_images(&mut y, out * positions, |i, y, buffer, parallelism| {
-        let col = columns(window, &x[i * input..(i + 1) * input], buffer);
-        let size = (out, positions, rows);
-        product(y, size, Matrix::new(w, rows), Matrix::new(col, positions), false, parallelism);
+        for band in window.bands() {
+            let n = band.len() * ow;
+            let col = columns(window, &x[i * input..(i + 1) * input], &band, buffer, parallelism);
+            let dst = (&mut y[band.start * ow..], positions);
+            product(
+                dst,
+                (out, n, rows),
+                Matrix::new(w, rows),
+                Matrix::new(col, n),
+                false,
+                parallelism,
+            );
+        }
     });
     y
 }
 
 fn input_gradient<T: Real>(window: &Window, dy: &[T], w: &[T], batch: usize, out: usize) -> Vec<T> {
-    let (rows, positions) = (window.rows(), window.positions());
+    let (rows, positions, ow) = (window.rows(), window.positions(), window.out_width());
     let input = window.channels * window.height * window.width;
     let mut dx = vec![T::ZERO; batch * input];
     over_images(&mut dx, input, |i, dx, buffer, parallelism| {
-        let dy = Matrix::new(&dy[i * out * positions..(i + 1) * out * positions], positions);
-        let size = (rows, positions, out);
+        let dy = &dy[i * out * positions..(i + 1) * out * positions];
         let wt = Matrix::new(w, rows).transposed();
-        if window.is_identity() {
-            product(dx, size, wt, dy, false, parallelism);
-        } else {
-            buffer.resize(rows * positions, T::ZERO);
-            product(buffer, size, wt, dy, false, parallelism);
-            col2im(window, buffer, dx);
+        for band in window.bands() {
+            let n = band.len() * ow;
+            let dy = Matrix::new(&dy[band.start * ow..], positions);
+            if window.is_identity() {
+                product((dx, positions), (rows, n, out), wt, dy, false, parallelism);
+            } else {
+                buffer.resize(rows * n, T::ZERO);
+                product((buffer, n), (rows, n, out), wt, dy, false, parallelism);
+                col2im(window, buffer, &band, dx);
+            }
         }
     });
     dx
@@ -234,15 +280,53 @@ fn weight_gradient<T: Real>(
     batch: usize,
     out: usize,
 ) -> Vec<T> {
-    let (rows, positions) = (window.rows(), window.positions());
+    let (rows, positions, ow) = (window.rows(), window.positions(), window.out_width());
     let input = window.channels * window.height * window.width;
     let mut dw = vec![T::ZERO; out * rows];
-    let mut buffer = Vec::new();
+    let (mut buffer, threads) = (Vec::new(), Parallelism::Rayon(0));
     for i in 0..batch {
-        let col = columns(window, &x[i * input..(i + 1) * input], &mut buffer);
-        let dy = Matrix::new(&dy[i * out * positions..(i + 1) * out * positions], positions);
-        let colt = Matrix::new(col, positions).transposed();
-        product(&mut dw, (out, rows, positions), dy, colt, i > 0, Parallelism::Rayon(0));
+        let dy = &dy[i * out * positions..(i + 1) * out * positions];
+        for band in window.bands() {
+            let n = band.len() * ow;
+            let first = i == 0 && band.start == 0;
+            let dy = Matrix::new(&dy[band.start * ow..], positions);
+            let col = columns(window, &x[i * input..(i + 1) * input], &band, &mut buffer, threads);
+            let colt = Matrix::new(col, n).transposed();
+            product((&mut dw, rows), (out, rows, n), dy, colt, !first, threads);
+        }
     }
     dw
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+
+    /// An image so large that it is unfolded in several bands gives candle's own answer.
+    #[test]
+    fn bands_agree_with_one_product() -> Result<()> {
+        let x = Var::randn(0.0_f32, 1.0, (1, 40, 130, 120), &Device::Cpu)?;
+        let w = Var::randn(0.0_f32, 0.1, (8, 40, 3, 3), &Device::Cpu)?;
+        for (stride, padding) in [(1, 1), (2, 0)] {
+            let window = Conv { stride, padding }.window(x.shape(), w.shape())?.2;
+            assert!(stride == 2 || window.bands().count() > 1);
+            let ours = conv2d(&x, &w, stride, padding)?;
+            let theirs = x.conv2d(&w, padding, stride, 1, 1)?;
+            let difference = (&ours - &theirs)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(difference < 1e-4, "forward differs by {difference}");
+            let seed = ours.cos()?.detach();
+            let (ours, theirs) = ((ours * &seed)?.sum_all()?, (theirs * &seed)?.sum_all()?);
+            let (ours, theirs) = (ours.backward()?, theirs.backward()?);
+            for var in [&x, &w] {
+                let (Some(a), Some(b)) = (ours.get(var), theirs.get(var)) else {
+                    candle_core::bail!("a gradient is missing")
+                };
+                let scale = b.abs()?.max_all()?.to_scalar::<f32>()?;
+                let difference = (a - b)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                assert!(difference < 1e-4 * scale, "gradients differ by {difference} of {scale}");
+            }
+        }
+        Ok(())
+    }
 }

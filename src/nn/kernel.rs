@@ -23,14 +23,15 @@ impl Real for f32 {
     const ONE: Self = 1.0;
 
     /// 2^n · e^f with a degree-7 polynomial on |f| ≤ ln 2 / 2 (Cephes' coefficients).
+    #[expect(clippy::excessive_precision, reason = "Cephes' constants as published")]
     #[inline(always)]
     fn exponential(self) -> Self {
         const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: adding it rounds to an integer
         let x = self.clamp(-87.3, 88.3);
         let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
-        let f = x - n * 0.693_359_375 + n * 2.121_944_4e-4;
-        let mut p = 1.987_569_15e-4_f32;
-        for c in [1.398_199_95e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_55e-1, 0.5] {
+        let f = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+        let mut p = 1.987_569_1e-4_f32;
+        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.5] {
             p = p * f + c;
         }
         let power = f32::from_bits(((n as i32 + 127) as u32) << 23);
@@ -42,6 +43,21 @@ impl Real for f32 {
 #[inline(always)]
 pub fn sigmoid<T: Real>(x: T) -> T {
     T::ONE / (T::ONE + (-x).exponential())
+}
+
+/// Σ f(v) in sixteen partial sums, so that the loop vectorises.
+#[inline(always)]
+pub fn sum_by<T: Real>(values: &[T], f: impl Fn(T) -> T) -> T {
+    const LANES: usize = 16;
+    let mut lanes = [T::ZERO; LANES];
+    let chunks = values.chunks_exact(LANES);
+    let rest: T = chunks.remainder().iter().map(|v| f(*v)).sum();
+    for chunk in chunks {
+        for (lane, v) in lanes.iter_mut().zip(chunk) {
+            *lane += f(*v);
+        }
+    }
+    lanes.into_iter().sum::<T>() + rest
 }
 
 /// Whether the fused CPU kernels apply to this tensor.

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor
 use rayon::prelude::*;
 
 use super::activation::Activation;
-use super::kernel::{PARALLEL_FROM, Real, dispatch, fused, sigmoid, slice, with_slice};
+use super::kernel::{PARALLEL_FROM, Real, dispatch, fused, sigmoid, slice, sum_by, with_slice};
 
 /// Group normalisation over [B, C, ...].
 #[derive(Clone, Debug)]
@@ -126,12 +126,12 @@ impl Norm {
 
 /// Mean and reciprocal standard deviation, accumulated in f64 over short f32 runs.
 fn statistics<T: Real>(row: &[T], eps: f64) -> (T, T) {
-    let sum = |f: &dyn Fn(T) -> T| -> f64 {
-        row.chunks(256).map(|c| c.iter().map(|v| f(*v)).sum::<T>().to_f64()).sum()
-    };
+    fn sum<T: Real>(row: &[T], f: impl Fn(T) -> T) -> f64 {
+        row.chunks(1024).map(|c| sum_by(c, &f).to_f64()).sum()
+    }
     let n = row.len() as f64;
-    let mean = T::from_f64(sum(&|v| v) / n);
-    let variance = sum(&|v| (v - mean) * (v - mean)) / n;
+    let mean = T::from_f64(sum(row, |v| v) / n);
+    let variance = sum(row, |v| (v - mean) * (v - mean)) / n;
     (mean, T::from_f64(1.0 / (variance + eps).sqrt()))
 }
 

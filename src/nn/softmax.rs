@@ -4,7 +4,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
-use super::kernel::{PARALLEL_FROM, Real, dispatch, fused, slice, with_slice};
+use super::kernel::{PARALLEL_FROM, Real, dispatch, fused, slice, sum_by, with_slice};
 
 /// exp(x − max) / Σ over the last dimension.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
@@ -30,7 +30,7 @@ fn forward<T: Real>(x: &[T], n: usize) -> Vec<T> {
     rows(x, &mut y, n, |x, y| {
         let max = x.iter().fold(x[0], |m, v| if *v > m { *v } else { m });
         y.iter_mut().zip(x).for_each(|(y, x)| *y = (*x - max).exponential());
-        let scale = T::ONE / y.iter().copied().sum::<T>();
+        let scale = T::ONE / sum_by(y, |v| v);
         y.iter_mut().for_each(|y| *y *= scale);
     });
     y

@@ -78,9 +78,8 @@ impl ClipText {
             let known = ["quick_gelu", "gelu", "silu"];
             return Err(Error::unknown("hidden_act", "activation", &config.hidden_act, known));
         };
-        if config.num_hidden_layers < 1
-            || !config.hidden_size.is_multiple_of(config.num_attention_heads.max(1))
-        {
+        let heads = config.num_attention_heads;
+        if config.num_hidden_layers < 1 || heads < 1 || !config.hidden_size.is_multiple_of(heads) {
             let message = "expected at least one layer and a width that the heads divide";
             return Err(Error::invalid(
                 "num_hidden_layers, hidden_size, num_attention_heads",

@@ -15,7 +15,33 @@ use crate::{Error, Result};
 /// Names the file, and the field when one is wrong.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
-    serde_json::from_str(&text).map_err(|e| Error::file(path, e))
+    parse_json(&text).map_err(|e| Error::file(path, e))
+}
+
+/// Reads JSON as Python writes it: `Infinity`, `-Infinity` and `NaN` (in
+/// diffusers' scheduler configurations) become null.
+///
+/// # Errors
+/// Names the field and the place.
+pub fn parse_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    let mut clean = String::with_capacity(text.len());
+    let (mut rest, mut quoted) = (text, false);
+    while let Some(c) = rest.chars().next() {
+        let word =
+            ["-Infinity", "Infinity", "NaN"].iter().find(|w| !quoted && rest.starts_with(**w));
+        let taken = match (word, c) {
+            (Some(word), _) => word.len(),
+            (None, '\\') => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
+            (None, c) => c.len_utf8(),
+        };
+        clean.push_str(if word.is_some() { "null" } else { &rest[..taken] });
+        quoted ^= c == '"';
+        rest = &rest[taken..];
+    }
+    let mut reader = serde_json::Deserializer::from_str(&clean);
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(|e| e.to_string())?;
+    reader.end().map_err(|e| e.to_string())?;
+    Ok(value)
 }
 
 /// One value for every level, or one each.
@@ -186,12 +212,17 @@ fn cross_mid() -> Option<String> {
     Some("UNetMidBlock2DCrossAttn".into())
 }
 
+/// Equal values; 1 and 1.0 are the same.
+fn same(a: &Value, b: &Value) -> bool {
+    a == b || (a.is_number() && a.as_f64() == b.as_f64())
+}
+
 /// Refuses any listed key whose value is not the one (or absent) that our code implements.
 fn refuse(rest: &serde_json::Map<String, Value>, only: &[(&str, Value)]) -> Result<()> {
     for (key, expected) in only {
         match rest.get(*key) {
             None => {}
-            Some(value) if value == expected || value.is_null() => {}
+            Some(value) if same(value, expected) || value.is_null() => {}
             Some(value) => {
                 return Err(Error::invalid(
                     *key,
@@ -223,6 +254,7 @@ impl UNetConfig {
             ("layers_per_block", self.layers_per_block.length()),
             ("transformer_layers_per_block", self.transformer_layers_per_block.length()),
             ("attention_head_dim", self.attention_head_dim.length()),
+            ("num_attention_heads", self.num_attention_heads.as_ref().and_then(PerLevel::length)),
         ] {
             if length.is_some_and(|n| n != levels) {
                 let message =
@@ -281,6 +313,21 @@ impl UNetConfig {
                 return Err(Error::invalid("norm_num_groups", message));
             }
         }
+        for level in 0..levels {
+            let crossed = self.down_block_types[level] == "CrossAttnDownBlock2D"
+                || self.up_block_types[levels - 1 - level] == "CrossAttnUpBlock2D"
+                || (level + 1 == levels && self.mid_block_type.is_some());
+            let (channels, heads) = (self.block_out_channels[level], self.heads(level));
+            if crossed && (heads == 0 || !channels.is_multiple_of(heads)) {
+                let field = match self.num_attention_heads {
+                    Some(_) => "num_attention_heads",
+                    None => "attention_head_dim",
+                };
+                let message =
+                    format!("{heads} heads do not divide level {level}'s {channels} channels");
+                return Err(Error::invalid(field, message));
+            }
+        }
         refuse(
             &self.rest,
             &[
@@ -319,6 +366,9 @@ impl VaeConfig {
     pub fn check(&self) -> Result<()> {
         if self.block_out_channels.is_empty() {
             return Err(Error::invalid("block_out_channels", "expected at least one level"));
+        }
+        if self.scaling_factor == 0.0 || !self.scaling_factor.is_finite() {
+            return Err(Error::invalid("scaling_factor", "expected a number other than zero"));
         }
         for (key, word) in
             [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")]

@@ -71,13 +71,20 @@ impl ModelFolder {
             let tower = weights.build(None, |scope| ClipText::load(scope, &config))?;
             Ok((weights, tower))
         };
-        let ((weights_1, text_1), (weights_2, text_2)) = (tower("text_encoder")?, tower("text_encoder_2")?);
+        let ((weights_1, text_1), (weights_2, text_2)) =
+            (tower("text_encoder")?, tower("text_encoder_2")?);
         let width = text_1.config().hidden_size + text_2.config().hidden_size;
         if width != unet_config.cross_attention_dim {
             let message = format!(
                 "the text towers give {width} values a token, the U-Net expects {}",
                 unet_config.cross_attention_dim
             );
+            return Err(Error::file(path, message));
+        }
+        let (latent, taken) = (vae.config().latent_channels, unet_config.in_channels);
+        if latent != taken {
+            let message =
+                format!("the VAE has {latent} latent channels, the U-Net expects {taken}");
             return Err(Error::file(path, message));
         }
         Ok(Self {
@@ -125,7 +132,10 @@ impl ModelFolder {
                 .tensors()
                 .iter()
                 .map(|(key, t)| {
-                    Ok((key.clone(), if t.dtype().is_float() { t.to_dtype(dtype)? } else { t.clone() }))
+                    Ok((
+                        key.clone(),
+                        if t.dtype().is_float() { t.to_dtype(dtype)? } else { t.clone() },
+                    ))
                 })
                 .collect::<Result<_>>()?;
             copy(&self.path.join(name).join("config.json"), &out.join(name).join("config.json"))?;

@@ -70,11 +70,18 @@ impl LoraMap {
                     format!("adapter of '{module}' lacks its down or up matrix"),
                 ));
             };
-            let rank = down.dim(0)?;
-            if up.dim(1)? != rank {
+            let (&[rank @ (1..), _, ..], &[_, other, ..]) = (down.dims(), up.dims()) else {
+                let message = format!(
+                    "adapter of '{module}': {:?} and {:?} are no matrices",
+                    down.dims(),
+                    up.dims()
+                );
+                return Err(Error::file(path, message));
+            };
+            if other != rank {
                 return Err(Error::file(
                     path,
-                    format!("adapter of '{module}': ranks {rank} and {} differ", up.dim(1)?),
+                    format!("adapter of '{module}': ranks {rank} and {other} differ"),
                 ));
             }
             let scale = part.alpha.map_or(1.0, |alpha| alpha / rank as f64);

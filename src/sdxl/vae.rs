@@ -243,6 +243,13 @@ pub struct Posterior {
     pub std: Tensor,
 }
 
+impl Posterior {
+    /// `mean + std · noise`, with unit `noise` [B, C, h, w] of the caller's choosing.
+    pub fn sample(&self, noise: &Tensor) -> Result<Tensor> {
+        Ok((&self.mean + (&self.std * noise)?)?)
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct Vae {
     config: VaeConfig,

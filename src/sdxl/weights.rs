@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::config::read_json;
 use super::lora::LoraMap;
-use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear};
+use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, LowRank};
 use crate::util::write_atomic;
 use crate::{Error, Result};
 
@@ -38,7 +38,7 @@ impl Weights {
     /// `model`, plain or `.fp16`, one file or shards with an index.
     ///
     /// # Errors
-    /// When no file is there, or one is unreadable or lacks an indexed tensor.
+    /// When no file is there, or one is unreadable.
     pub fn from_folder(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
         let files = weight_files(folder)?;
         let mut tensors = HashMap::new();
@@ -79,11 +79,12 @@ impl Weights {
             lora: lora.cloned().unwrap_or_default(),
             report: report.clone(),
         };
-        let made = make(&scope);
+        // A configuration that cannot be built says why; nothing has asked for tensors then.
+        let made = make(&scope)?;
         let report = report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let lists = report.lists(&self.tensors, lora);
         if lists.is_empty() {
-            return made;
+            return Ok(made);
         }
         let summary = lists
             .iter()
@@ -192,13 +193,26 @@ impl Scope {
         }
     }
 
-    fn low_rank(&self) -> Option<crate::nn::LowRank> {
-        let found = self.lora.get(&self.prefix).cloned();
-        if found.is_some() {
-            let mut report = self.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            report.used_lora.insert(self.prefix.clone());
+    /// The adapter of a layer with this weight, [out, in] or [out, in, kh, kw].
+    fn low_rank(&self, weight: &[usize]) -> Option<LowRank> {
+        let found = self.lora.get(&self.prefix)?.clone();
+        let mut report = self.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        report.used_lora.insert(self.prefix.clone());
+        let rank = found.down.dims().first().copied().unwrap_or(0);
+        let (mut down, mut up) = (weight.to_vec(), vec![1; weight.len()]);
+        down[0] = rank;
+        (up[0], up[1]) = (weight[0], rank);
+        for (name, tensor, expected) in [("down", &found.down, &down), ("up", &found.up, &up)] {
+            if tensor.dims() != expected {
+                let got = tensor.dims();
+                let message = format!(
+                    "adapter of {}, {name} (expected {expected:?}, got {got:?})",
+                    self.prefix
+                );
+                report.misshaped.push(message);
+            }
         }
-        found
+        Some(found)
     }
 
     pub fn linear(&self, input: usize, output: usize) -> Result<Linear> {
@@ -209,10 +223,11 @@ impl Scope {
     }
 
     pub fn linear_no_bias(&self, input: usize, output: usize) -> Result<Linear> {
+        let shape = [output, input];
         Ok(Linear {
-            weight: self.tensor("weight", &[output, input])?,
+            weight: self.tensor("weight", &shape)?,
             bias: None,
-            adapter: self.low_rank(),
+            adapter: self.low_rank(&shape),
         })
     }
 
@@ -225,12 +240,13 @@ impl Scope {
         stride: usize,
         padding: usize,
     ) -> Result<Conv2d> {
+        let shape = [output, input, kernel, kernel];
         Ok(Conv2d {
-            weight: self.tensor("weight", &[output, input, kernel, kernel])?,
+            weight: self.tensor("weight", &shape)?,
             bias: Some(self.tensor("bias", &[output])?),
             stride,
             padding,
-            adapter: self.low_rank(),
+            adapter: self.low_rank(&shape),
         })
     }
 
@@ -328,17 +344,39 @@ pub fn save_component(
     }
     let metadata = || Some(HashMap::from([("format".to_owned(), "pt".to_owned())]));
     if let [only] = shards.as_slice() {
-        return write_safetensors(&folder.join(format!("{stem}.safetensors")), only, metadata());
+        let file = format!("{stem}.safetensors");
+        write_safetensors(&folder.join(&file), only, metadata())?;
+        return remove_others(folder, stem, &[file]);
     }
-    let mut map = serde_json::Map::new();
+    let (mut map, mut kept) =
+        (serde_json::Map::new(), vec![format!("{stem}.safetensors.index.json")]);
     for (i, shard) in shards.iter().enumerate() {
         let file = format!("{stem}-{:05}-of-{:05}.safetensors", i + 1, shards.len());
         map.extend(shard.keys().map(|k| (k.clone(), file.clone().into())));
         write_safetensors(&folder.join(&file), shard, metadata())?;
+        kept.push(file);
     }
     let index = serde_json::json!({"metadata": {"total_size": total}, "weight_map": map});
-    let path = folder.join(format!("{stem}.safetensors.index.json"));
-    write_atomic(&path, format!("{index:#}\n").as_bytes())
+    write_atomic(&folder.join(&kept[0]), format!("{index:#}\n").as_bytes())?;
+    remove_others(folder, stem, &kept)
+}
+
+/// Removes an earlier save's files: readers would take them for the current ones.
+fn remove_others(folder: &Path, stem: &str, kept: &[String]) -> Result<()> {
+    let shard = format!("{stem}-");
+    for entry in std::fs::read_dir(folder).map_err(|e| Error::file(folder, e))? {
+        let path = entry.map_err(|e| Error::file(folder, e))?.path();
+        let Some(name) = path.file_name().and_then(|n| n.to_str()) else { continue };
+        let ours = name == format!("{stem}.safetensors")
+            || name == format!("{stem}.safetensors.index.json")
+            || (name.starts_with(&shard)
+                && name.contains("-of-")
+                && name.ends_with(".safetensors"));
+        if ours && !kept.iter().any(|k| k == name) {
+            std::fs::remove_file(&path).map_err(|e| Error::file(&path, e))?;
+        }
+    }
+    Ok(())
 }
 
 /// SHA-256 over files in the given order, hex.

@@ -1,0 +1,239 @@
+//! `ds-bench speed`: how long the pieces of an image take on this machine.
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use serde::Serialize;
+
+use super::stats::quantile;
+use super::workload::{Piece, Work, Workload};
+use crate::{Error, Result};
+
+/// What rayon and candle read their number of threads from, once, when they start.
+const THREADS: &str = "RAYON_NUM_THREADS";
+/// Fewest measured runs of a piece, however long they take.
+const LEAST_RUNS: usize = 3;
+
+/// Time one U-Net forward, VAE decode, text encoding and 50-step image.
+///
+/// Everything runs in f32 without gradients; after one warm-up, the median over the runs is
+/// reported. tools/bench_torch.py does the same work in PyTorch, under the same names, and
+/// tools/compare_speed.py runs the two alternately (docs/performance.md).
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    /// Checkpoint: a folder in the diffusers layout.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Threads of the kernels.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: u16,
+    /// Measured runs of each piece.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    pub runs: u32,
+    /// Soft limit for each piece: further runs begin only within it, after the first three
+    /// (the first one for image_50_steps where three would not fit).
+    #[arg(long, default_value_t = 30.0)]
+    pub seconds: f64,
+    /// Size of the latents, where it is not to be the model's own.
+    #[arg(long, num_args = 2, value_names = ["H", "W"])]
+    pub latent: Option<Vec<usize>>,
+    /// Names of the pieces to measure, separated by commas.
+    #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
+    pub only: Vec<String>,
+    /// One JSON object a line.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The measurement of one piece. `tools/bench_torch.py` prints the same keys.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    pub name: &'static str,
+    pub seconds_median: f64,
+    pub seconds_min: f64,
+    /// User and system time of all threads; absent where the platform does not tell.
+    pub cpu_seconds_median: Option<f64>,
+    pub runs: usize,
+    pub threads: u16,
+    /// Height and width of the latents.
+    pub latent: [usize; 2],
+    /// Tokens of the prompt, padding included.
+    pub tokens: usize,
+    /// U-Net forwards of one sample in one run.
+    pub f: u64,
+}
+
+/// Runs the command. The number of threads is fixed when a process starts, so where the
+/// environment does not give it yet, the command starts itself again with it.
+///
+/// # Errors
+/// When the checkpoint cannot be used, or a name is unknown.
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let threads = args.threads.to_string();
+    if std::env::var(THREADS).ok().as_deref() != Some(&threads) {
+        let program = std::env::current_exe().context("cannot find this program's file")?;
+        let status = Command::new(program)
+            .args(std::env::args_os().skip(1))
+            .env(THREADS, &threads)
+            .status()
+            .context("cannot start this program again")?;
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        return Ok(code.map_or(ExitCode::FAILURE, ExitCode::from));
+    }
+    measure(args, &mut |row| {
+        if args.json {
+            println!("{}", serde_json::to_string(row)?);
+        } else {
+            println!("{}", in_words(row));
+        }
+        Ok(())
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Measures every piece asked for, in the threads this process has, and reports each when
+/// it is done.
+///
+/// # Errors
+/// When the checkpoint cannot be used, a name is unknown, or the report fails.
+pub fn measure(
+    args: &Args,
+    report: &mut dyn FnMut(&Row) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let known = Piece::ALL.map(|(name, _)| name);
+    if let Some(name) = args.only.iter().find(|name| !known.contains(&name.as_str())) {
+        return Err(Error::unknown("only", "piece", name, known).into());
+    }
+    let latent = match args.latent.as_deref() {
+        Some(&[height, width]) => Some((height, width)),
+        _ => None,
+    };
+    let workload = Workload::open(&args.model, latent)?;
+    for (name, piece) in Piece::ALL {
+        if !args.only.is_empty() && !args.only.iter().any(|only| only == name) {
+            continue;
+        }
+        let samples = sample(args, piece, &mut workload.prepare(piece)?)?;
+        let (height, width) = workload.latent();
+        let wall: Vec<f64> = samples.iter().map(|s| s.wall).collect();
+        let cpu: Option<Vec<f64>> = samples.iter().map(|s| s.cpu).collect();
+        report(&Row {
+            name,
+            seconds_median: median(wall.clone()),
+            seconds_min: wall.iter().copied().fold(f64::INFINITY, f64::min),
+            cpu_seconds_median: cpu.map(median),
+            runs: samples.len(),
+            threads: args.threads,
+            latent: [height, width],
+            tokens: workload.tokens(),
+            f: workload.forwards(piece),
+        })?;
+    }
+    Ok(())
+}
+
+/// Seconds of one run.
+struct Sample {
+    wall: f64,
+    cpu: Option<f64>,
+}
+
+fn sample(args: &Args, piece: Piece, work: &mut Work) -> Result<Vec<Sample>> {
+    let mut once = || -> Result<Sample> {
+        let (start, cpu) = (Instant::now(), cpu_time());
+        std::hint::black_box(work()?);
+        let (wall, end) = (start.elapsed().as_secs_f64(), cpu_time());
+        let cpu = end.zip(cpu).map(|(end, start)| end.saturating_sub(start).as_secs_f64());
+        Ok(Sample { wall, cpu })
+    };
+    let warm_up = once()?.wall;
+    let slow = piece == Piece::Image && warm_up > args.seconds / LEAST_RUNS as f64;
+    let least = if slow { 1 } else { LEAST_RUNS };
+    let began = Instant::now();
+    let mut samples = Vec::new();
+    while samples.len() < args.runs as usize
+        && (samples.len() < least || began.elapsed().as_secs_f64() < args.seconds)
+    {
+        samples.push(once()?);
+    }
+    Ok(samples)
+}
+
+/// Processor time of this process so far, all threads.
+fn cpu_time() -> Option<Duration> {
+    #[cfg(unix)]
+    {
+        use rustix::time::{ClockId, clock_gettime};
+        Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).ok()
+    }
+    #[cfg(not(unix))]
+    None
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    quantile(&values, 0.5).unwrap_or(f64::NAN)
+}
+
+fn in_words(row: &Row) -> String {
+    let milliseconds = |s: f64| format!("{:.3} ms", 1e3 * s);
+    let cpu = row.cpu_seconds_median.map_or_else(|| "-".to_owned(), milliseconds);
+    format!(
+        "{:<16} median {:>12}  least {:>12}  processor {:>12}  {} runs",
+        row.name,
+        milliseconds(row.seconds_median),
+        milliseconds(row.seconds_min),
+        cpu,
+        row.runs
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(only: &[&str]) -> Args {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        Args {
+            model: root.join("tests/fixtures/parity/ddim_tiny"),
+            threads: 1,
+            runs: 2,
+            seconds: 30.0,
+            latent: None,
+            only: only.iter().map(ToString::to_string).collect(),
+            json: true,
+        }
+    }
+
+    #[test]
+    fn rows_carry_the_names_and_keys_of_the_pytorch_side() {
+        let mut rows = Vec::new();
+        measure(&args(&[]), &mut |row| {
+            rows.push(row.clone());
+            Ok(())
+        })
+        .unwrap();
+        let names: Vec<_> = rows.iter().map(|r| r.name).collect();
+        assert_eq!(names, Piece::ALL.map(|(name, _)| name));
+        let script = include_str!("../../tools/bench_torch.py");
+        for row in &rows {
+            assert!(script.contains(&format!("\"{}\"", row.name)), "{}", row.name);
+            assert!(
+                row.runs == 2 && 0.0 < row.seconds_min && row.seconds_min <= row.seconds_median
+            );
+            assert!(row.cpu_seconds_median.is_none_or(|s| s > 0.0));
+            let keys = serde_json::to_value(row).unwrap();
+            for key in keys.as_object().unwrap().keys() {
+                assert!(script.contains(&format!("\"{key}\":")), "{key}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_unknown_name_is_refused() {
+        let error = measure(&args(&["unet_forward_b3"]), &mut |_| Ok(())).unwrap_err().to_string();
+        assert!(error.contains("unet_forward_b3") && error.contains("text_encode"), "{error}");
+    }
+}

@@ -1,0 +1,259 @@
+//! The pieces of work whose speed is measured, on any checkpoint:
+//! `tools/bench_torch.py` does the same under the same names.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::diffusion::config::SchedulerConfig;
+use crate::diffusion::cost::Budget;
+use crate::diffusion::denoiser::{Conditioning, NoiseModel, TextCond};
+use crate::diffusion::guidance::Guided;
+use crate::diffusion::meter::{Meter, MeteredDenoiser};
+use crate::diffusion::noise::{NoiseKey, Purpose};
+use crate::diffusion::schedule::NoiseSchedule;
+use crate::diffusion::sdxl_model::{SdxlModel, time_ids};
+use crate::diffusion::solver::{Solver, SolverSpec, evaluations};
+use crate::diffusion::trajectory::{Row, State, Trajectory};
+use crate::sdxl::ModelFolder;
+use crate::sdxl::config::read_json;
+use crate::sdxl::folder::EncodedText;
+use crate::util::CancelToken;
+use crate::{Error, Result};
+
+/// Steps and guidance of the measured image: the paper's evaluation setting.
+const STEPS: usize = 50;
+const GUIDANCE: f64 = 5.0;
+/// The timestep of the single U-Net forwards.
+const TIMESTEP: f32 = 500.0;
+/// Tokens of the measured prompt between its start and its end token.
+const WORDS: usize = 9;
+const KEY: NoiseKey = NoiseKey { seed: 0 };
+
+/// One measured piece of work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Piece {
+    /// One U-Net forward of that batch, without guidance.
+    UnetForward(usize),
+    /// One latent to one image tensor.
+    VaeDecode,
+    /// One prompt's token ids through both towers.
+    TextEncode,
+    /// Text encoding, 50 guided steps of the checkpoint's scheduler with the zero null
+    /// prompt, VAE decode.
+    Image,
+}
+
+impl Piece {
+    /// Every piece with the name it is reported under, in order of measurement.
+    pub const ALL: [(&'static str, Self); 6] = [
+        ("unet_forward_b1", Self::UnetForward(1)),
+        ("unet_forward_b2", Self::UnetForward(2)),
+        ("unet_forward_b8", Self::UnetForward(8)),
+        ("vae_decode_b1", Self::VaeDecode),
+        ("text_encode", Self::TextEncode),
+        ("image_50_steps", Self::Image),
+    ];
+}
+
+/// Does a piece of work once and gives its result.
+pub type Work<'a> = Box<dyn FnMut() -> Result<Tensor> + 'a>;
+
+/// A checkpoint with fixed inputs, ready to be measured. In f32, without gradients.
+pub struct Workload {
+    model: Guided<SdxlModel>,
+    solver: Arc<dyn Solver>,
+    /// One row for each tower.
+    ids: [Vec<u32>; 2],
+    /// Channels, height and width of the latents.
+    latent: (usize, usize, usize),
+}
+
+impl Workload {
+    /// Opens the checkpoint `path`; `latent` is (height, width) of the latents where it
+    /// should not be the model's own.
+    ///
+    /// # Errors
+    /// Names the file that is missing or unusable.
+    pub fn open(path: &Path, latent: Option<(usize, usize)>) -> Result<Self> {
+        let folder = ModelFolder::open(path, DType::F32, &Device::Cpu)?;
+        let scheduler_file = path.join("scheduler/scheduler_config.json");
+        let scheduler: SchedulerConfig = read_json(&scheduler_file)?;
+        scheduler.validate().map_err(|e| Error::file(&scheduler_file, e))?;
+        let schedule = NoiseSchedule::new(&scheduler)?;
+        let solver =
+            SolverSpec::ode(scheduler.default_solver(), &schedule).build(&schedule, STEPS)?;
+        let ids = prompt_ids(&folder)?;
+        let (width, height) = match latent {
+            Some((height, width)) => {
+                let factor = folder.vae.config().factor();
+                ((factor * width) as u32, (factor * height) as u32)
+            }
+            None => folder.default_size(),
+        };
+        let model = Guided(SdxlModel::new(Arc::new(folder)));
+        let latent = model.0.latent_shape(width, height)?;
+        Ok(Self { model, solver, ids, latent })
+    }
+
+    /// Height and width of the latents.
+    pub fn latent(&self) -> (usize, usize) {
+        (self.latent.1, self.latent.2)
+    }
+
+    /// Tokens of the prompt, padding included.
+    pub fn tokens(&self) -> usize {
+        self.ids[0].len()
+    }
+
+    /// U-Net forwards of one sample in a piece of work.
+    pub fn forwards(&self, piece: Piece) -> u64 {
+        match piece {
+            Piece::UnetForward(batch) => batch as u64,
+            Piece::VaeDecode | Piece::TextEncode => 0,
+            Piece::Image => 2 * evaluations(self.solver.as_ref(), 0, STEPS) as u64,
+        }
+    }
+
+    /// Sets up everything that is not part of `piece` and returns the piece itself.
+    ///
+    /// # Errors
+    /// The networks'.
+    pub fn prepare(&self, piece: Piece) -> Result<Work<'_>> {
+        let folder = self.model.0.folder();
+        match piece {
+            Piece::UnetForward(batch) => {
+                let x = self.latents(batch)?;
+                let t = Tensor::full(TIMESTEP, batch, &Device::Cpu)?;
+                let text = self.text()?;
+                let context = text.context.repeat((batch, 1, 1))?;
+                let pooled = text.pooled.repeat((batch, 1))?;
+                let sizes = Tensor::new(&[self.time_ids()], &Device::Cpu)?.repeat((batch, 1))?;
+                Ok(Box::new(move || folder.unet.forward(&x, &t, &context, &pooled, &sizes)))
+            }
+            Piece::VaeDecode => {
+                let z = self.latents(1)?;
+                Ok(Box::new(move || folder.vae.decode(&z)))
+            }
+            Piece::TextEncode => Ok(Box::new(|| Ok(self.text()?.context))),
+            Piece::Image => {
+                let noise = self.latents(1)?;
+                Ok(Box::new(move || self.image(&noise, &Meter::new(Budget::default()))))
+            }
+        }
+    }
+
+    /// One image in [0, 1] from unit noise, as a server would make it, short of 8 bits.
+    fn image(&self, noise: &Tensor, meter: &Meter) -> Result<Tensor> {
+        let text = self.text()?;
+        let positive = TextCond {
+            context: text.context.get(0)?.contiguous()?,
+            pooled: text.pooled.get(0)?.contiguous()?,
+            time_ids: self.time_ids(),
+        };
+        let negative = TextCond {
+            context: positive.context.zeros_like()?,
+            pooled: positive.pooled.zeros_like()?,
+            time_ids: positive.time_ids,
+        };
+        let cond = Conditioning {
+            positive,
+            negative: Some(negative),
+            guidance_scale: GUIDANCE,
+            guidance_rescale: 0.0,
+        };
+        let solver = self.solver.as_ref();
+        let cancel = CancelToken::default();
+        let denoiser = MeteredDenoiser::new(&self.model, meter);
+        let trajectory = Trajectory { solver, denoiser, micro_batch: 1, cancel: &cancel };
+        let rows = [Row { key: KEY, candidate: 0, cond: &cond }];
+        let start = State::start(solver, noise)?;
+        let end = trajectory.run(start, STEPS, &rows, &mut |_| Ok(()))?;
+        let decoded = self.model.0.folder().vae.decode(&end.x)?;
+        Ok(decoded.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+    }
+
+    fn text(&self) -> Result<EncodedText> {
+        let row = |i: usize| std::slice::from_ref(&self.ids[i]);
+        self.model.0.folder().encode_ids(row(0), row(1))
+    }
+
+    fn time_ids(&self) -> [f32; 6] {
+        let factor = self.model.0.folder().vae.config().factor();
+        let (height, width) = self.latent();
+        time_ids((factor * width) as u32, (factor * height) as u32)
+    }
+
+    fn latents(&self, batch: usize) -> Result<Tensor> {
+        let rows: Vec<u64> = (0..batch as u64).collect();
+        KEY.normal_rows(Purpose::InitialLatent, 0, &rows, self.latent, &Device::Cpu)
+    }
+}
+
+/// Start, a few words, end, then each tower's own padding, as long as prompts are for this
+/// checkpoint. Token ids, so that tokenisation is not measured.
+fn prompt_ids(folder: &ModelFolder) -> Result<[Vec<u32>; 2]> {
+    let towers = [folder.text_1.config(), folder.text_2.config()];
+    let least =
+        |of: fn(&crate::sdxl::config::ClipTextConfig) -> usize| of(towers[0]).min(of(towers[1]));
+    let mut length = least(|c| c.max_position_embeddings);
+    if folder.path.join("tokenizer").is_dir() {
+        length = length.min(folder.tokenizers()?[0].max_length());
+    }
+    let vocabulary = least(|c| c.vocab_size);
+    if vocabulary < 8 || length < 3 {
+        let message = format!("{vocabulary} tokens and prompts of {length} are too few to measure");
+        return Err(Error::file(&folder.path, message));
+    }
+    let (start, end) = (vocabulary as u32 - 2, vocabulary as u32 - 1);
+    let words = WORDS.min(length - 2);
+    let word = |i: usize| 3 + (i * 37 % (vocabulary - 5)) as u32;
+    let mut row: Vec<u32> = std::iter::once(start).chain((0..words).map(word)).collect();
+    row.push(end);
+    Ok([end, 0].map(|padding| {
+        let mut padded = row.clone();
+        padded.resize(length, padding);
+        padded
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn workload(latent: Option<(usize, usize)>) -> Workload {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        Workload::open(&root.join("tests/fixtures/parity/ddim_tiny"), latent).unwrap()
+    }
+
+    #[test]
+    fn every_piece_gives_what_its_name_says() {
+        for (latent, side) in [(None, (8, 8)), (Some((4, 6)), (4, 6))] {
+            let w = workload(latent);
+            assert_eq!(w.latent(), side);
+            let factor = w.model.0.folder().vae.config().factor();
+            let pixels = vec![1, 3, factor * side.0, factor * side.1];
+            for (name, piece) in Piece::ALL {
+                let got = w.prepare(piece).unwrap()().unwrap();
+                let (shape, f) = match piece {
+                    Piece::UnetForward(b) => (vec![b, 4, side.0, side.1], b as u64),
+                    Piece::VaeDecode => (pixels.clone(), 0),
+                    Piece::TextEncode => (vec![1, w.tokens(), 26], 0),
+                    Piece::Image => (pixels.clone(), 100),
+                };
+                assert_eq!((got.dims(), w.forwards(piece)), (shape.as_slice(), f), "{name}");
+                let sum = got.abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+                assert!(sum.is_finite() && sum > 0.0, "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_image_costs_what_is_said() {
+        let w = workload(None);
+        let meter = Meter::new(Budget::default());
+        w.image(&w.latents(1).unwrap(), &meter).unwrap();
+        assert_eq!(meter.spent().f, w.forwards(Piece::Image));
+    }
+}
