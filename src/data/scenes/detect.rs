@@ -174,8 +174,8 @@ fn shapes(fits: &[Fit], best: f32) -> [f64; 6] {
 /// An object of the world fits some shape, stands out, and is neither a speck
 /// nor most of the image.
 fn confidence(raster: &Raster, object: &Object, inside: &[usize], best: Fit) -> f64 {
-    // Pixels are coarse for a small object, which costs some overlap.
-    let even = 0.82 - 0.25 / f64::from(best.radius);
+    // The same error along the outline costs a small or thin shape more overlap.
+    let even = 0.82 - 0.12 * f64::from(best.outline());
     let mut contrast: Vec<f32> = inside.iter().map(|&k| raster.contrast[k]).collect();
     let contrast = f64::from(raster::median(&mut contrast));
     let area = object.region.len() as f64 / f64::from(raster.side()).powi(2);

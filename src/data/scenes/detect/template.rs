@@ -21,6 +21,8 @@ pub(super) struct Template {
     distance: Vec<f32>,
     /// Area for radius 1.
     area: f32,
+    /// Length of the outline for each unit of area, for radius 1.
+    outline: f32,
     /// How far the centroid lies below the centre, for radius 1.
     centroid: f32,
 }
@@ -62,9 +64,13 @@ impl Template {
                 if inside { -d2.sqrt() } else { d2.sqrt() }
             })
             .collect();
+        let area = (count * step * step) as f32;
+        // Counted on a grid, a line is on average 4/pi times its length.
+        let length = edge.len() as f32 * step as f32 * std::f32::consts::FRAC_PI_4;
         Self {
             distance,
-            area: (count * step * step) as f32,
+            area,
+            outline: length / area.max(1e-3),
             centroid: (sum_y / f64::max(count, 1.0)) as f32,
         }
     }
@@ -108,6 +114,11 @@ pub(super) struct Fit {
 }
 
 impl Fit {
+    /// Pixels of outline for each pixel of area.
+    pub(super) fn outline(&self) -> f32 {
+        TEMPLATES[self.shape].outline / self.radius
+    }
+
     /// Signed distance of a point of the image to the outline, in pixels.
     pub(super) fn distance(&self, x: f32, y: f32) -> f32 {
         let r = self.radius;
