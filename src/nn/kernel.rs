@@ -29,9 +29,9 @@ impl Real for f32 {
         const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: adding it rounds to an integer
         let x = self.clamp(-87.3, 88.3);
         let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
-        let f = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
-        let mut p = 1.987_569_1e-4_f32;
-        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.5] {
+        let f = x - n * 0.693_359_375 + n * 2.121_944_4e-4;
+        let mut p = 1.987_569_15e-4_f32;
+        for c in [1.398_199_95e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_55e-1, 0.5] {
             p = p * f + c;
         }
         let power = f32::from_bits(((n as i32 + 127) as u32) << 23);
