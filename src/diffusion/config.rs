@@ -127,6 +127,17 @@ impl SchedulerConfig {
         }
     }
 
+    /// The scheduler class, when the default solver is not the same method.
+    pub fn class_without_counterpart(&self) -> Option<&str> {
+        const SAME: [&str; 4] = [
+            "DDIMScheduler",
+            "EulerDiscreteScheduler",
+            "HeunDiscreteScheduler",
+            "DPMSolverMultistepScheduler",
+        ];
+        self.class_name.as_deref().filter(|class| !SAME.contains(class))
+    }
+
     /// The solver that `_class_name` stands for; DDIM for classes without a
     /// counterpart here (and for SDXL-turbo's EulerAncestral: Euler).
     pub fn default_solver(&self) -> SolverKind {

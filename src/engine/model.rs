@@ -48,6 +48,10 @@ impl Model {
         let scheduler_file = path.join("scheduler/scheduler_config.json");
         let scheduler: SchedulerConfig = read_json(&scheduler_file)?;
         scheduler.validate().map_err(|e| Error::file(&scheduler_file, e))?;
+        if let Some(class) = scheduler.class_without_counterpart() {
+            let solver = scheduler.default_solver().name();
+            tracing::warn!(model = %id, class, solver, "no such solver here; using another by default");
+        }
         let sha256 = folder.sha256()?;
         Ok(Self {
             id,
