@@ -1,5 +1,7 @@
 //! From a request to effective values and a planned cost.
 
+use std::ops::RangeInclusive;
+
 use serde_json::{Map, Value, json};
 
 use super::Planned;
@@ -34,8 +36,8 @@ pub fn resolve(model: &Model, request: &GenerateRequest) -> Result<Resolution> {
         within("steps", request.steps.map(u64::from), DEFAULT_STEPS.into(), 1..=most_steps)? as u32;
     let n = within("n", request.n.map(u64::from), 1, 1..=MOST_IMAGES.into())? as u32;
     let guidance_scale =
-        finite("guidance_scale", request.guidance_scale, DEFAULT_GUIDANCE, 0.0..=100.0)?;
-    let guidance_rescale = finite("guidance_rescale", request.guidance_rescale, 0.0, 0.0..=1.0)?;
+        within("guidance_scale", request.guidance_scale, DEFAULT_GUIDANCE, 0.0..=100.0)?;
+    let guidance_rescale = within("guidance_rescale", request.guidance_rescale, 0.0, 0.0..=1.0)?;
     let solver = match &request.solver {
         Some(name) => name.parse()?,
         None => model.solver,
@@ -133,28 +135,13 @@ fn size(model: &Model, request: &GenerateRequest) -> Result<(u32, u32)> {
     Ok((width, height))
 }
 
-fn within(
+/// The value or its default, inside `range`.
+fn within<T: Copy + PartialOrd + std::fmt::Display>(
     field: &str,
-    value: Option<u64>,
-    default: u64,
-    range: std::ops::RangeInclusive<u64>,
-) -> Result<u64> {
-    let value = value.unwrap_or(default);
-    if range.contains(&value) {
-        return Ok(value);
-    }
-    Err(Error::invalid(
-        field,
-        format!("expected {} to {}, got {value}", range.start(), range.end()),
-    ))
-}
-
-fn finite(
-    field: &str,
-    value: Option<f64>,
-    default: f64,
-    range: std::ops::RangeInclusive<f64>,
-) -> Result<f64> {
+    value: Option<T>,
+    default: T,
+    range: RangeInclusive<T>,
+) -> Result<T> {
     let value = value.unwrap_or(default);
     if range.contains(&value) {
         return Ok(value);
