@@ -164,8 +164,8 @@ impl DownLevel {
 
 #[derive(Clone, Debug)]
 pub struct MidLevel {
-    first: ResnetBlock,
-    rest: Vec<(Transformer2D, ResnetBlock)>,
+    resnets: [ResnetBlock; 2],
+    transformer: Transformer2D,
 }
 
 impl MidLevel {
@@ -186,15 +186,12 @@ impl MidLevel {
             )
         };
         let transformer = Transformer2D::load(&scope.at("attentions.0"), channels, attention)?;
-        Ok(Self { first: resnet(0)?, rest: vec![(transformer, resnet(1)?)] })
+        Ok(Self { resnets: [resnet(0)?, resnet(1)?], transformer })
     }
 
     pub fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let mut x = self.first.forward(x, Some(time))?;
-        for (transformer, resnet) in &self.rest {
-            x = resnet.forward(&transformer.forward(&x, context)?, Some(time))?;
-        }
-        Ok(x)
+        let x = self.resnets[0].forward(x, Some(time))?;
+        self.resnets[1].forward(&self.transformer.forward(&x, context)?, Some(time))
     }
 }
 
