@@ -1,40 +1,72 @@
 """Times PyTorch/diffusers on an SDXL-type model folder, for comparison with the Rust benches.
 
-    pip install torch==2.15.0 diffusers==0.42.1 transformers==5.23.0
-    python tools/bench_torch.py --model models/tiny [--threads 1] [--runs 10] [--only NAME,NAME]
+    pip install torch==2.15.0 diffusers==0.42.1 transformers==5.23.0 peft
+    python tools/bench_torch.py --model models/tiny [--suite model] [--threads 1] [--runs 10]
+    python tools/bench_torch.py --model models/tiny --only unet_forward_b1,train_step_lora_b1
+    python tools/bench_torch.py --suite ops
 
 The counterpart of `ds-bench speed --json`: the same work under the same names, one JSON line a
 measurement with the same keys (and the versions). tools/compare_speed.py runs both alternately.
-All in f32 on the CPU, eager mode, no gradients, at the model's own size (unet sample_size;
---latent H W for another):
+All in f32 on the CPU, eager mode, at the model's own size (unet sample_size; --latent H W for
+another). The suites are
+
+model, without gradients:
   unet_forward_b1/b2/b8  one U-Net forward of that batch (no guidance)
   vae_decode_b1          one latent to one image
   text_encode            one prompt's ids through both towers
   image_50_steps         text encoding (one prompt, zero null prompt), 50 steps of
                          the checkpoint's scheduler at guidance 5 (F = 100), decode
+train, batches of 1 and 4:
+  unet_forward_b1/b4     as above
+  unet_forward_backward_lora_b1/b4, _full_b1/b4
+                         forward, mean squared error, backward: gradients of a LoRA
+                         (rank 16 on the projections of all attentions) or of every parameter
+  train_step_lora_b1/b4, _full_b1/b4
+                         the same with a step of AdamW
+ops: twelve operations at SDXL's sizes, forward alone and with the backward (`_train`);
+  needs no --model. Their rows also have `flop` or `bytes` (bench_torch_ops.py).
+
 Each is warmed up once; the time is the median over the runs, or over as many
-runs as fit in --seconds (at least 3; one for image_50_steps).
+runs as fit in --seconds (at least 3; one for image_50_steps and for training).
+peak_rss_bytes is the most memory that this process has had so far, so it tells
+most where --only names a single piece.
 """
 
 import argparse
 import json
 import os
-import statistics
-import time
 from pathlib import Path
 
+import bench_torch_ops
+import bench_torch_train
+from bench_timing import repeated, row, set_threads
+from bench_torch_ops import Operations
+from bench_torch_train import TRAINING
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-LEAST_RUNS = 3
+
+MODEL_PIECES = (
+    "unet_forward_b1", "unet_forward_b2", "unet_forward_b8", "vae_decode_b1", "text_encode", "image_50_steps",
+)
+SUITES = {
+    "model": list(MODEL_PIECES),
+    "train": ["unet_forward_b1", "unet_forward_b4", *TRAINING],
+    "ops": bench_torch_ops.names(),
+}
+# At most so many runs, begun within so many seconds. Operations take many: the first few still
+# pay for memory that is new to the process.
+LIMITS = {"model": (10, 30.0), "train": (10, 30.0), "ops": (300, 1.0)}
 
 
-def set_threads(threads):
-    """Before torch is first imported."""
-    for var in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[var] = str(threads)
-    import torch
-
-    torch.set_num_threads(threads)
-    torch.set_num_interop_threads(1)
+def chosen(suite, only):
+    """Names to measure, in order; KeyError with a message where `only` names none of the suite's."""
+    known = SUITES[suite] if suite else list(dict.fromkeys(sum(SUITES.values(), [])))
+    if not only:
+        return SUITES[suite or "model"]
+    wanted = only.split(",")
+    if unknown := set(wanted) - set(known):
+        raise KeyError(f"--only: unknown {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    return [name for name in known if name in wanted]
 
 
 class Workload:
@@ -92,13 +124,25 @@ class Workload:
         b = self.towers[1](ids2, output_hidden_states=True)
         return self.torch.cat([a, b.hidden_states[-2]], -1), b.text_embeds
 
-    def forward(self, batch):
+    def inputs(self, batch):
+        """The U-Net's keyword arguments."""
         with self.torch.no_grad():
             context, pooled = self.encode()
-        x, t = self.latents(batch), self.torch.full((batch,), 500)
-        cond = {"text_embeds": pooled.repeat(batch, 1), "time_ids": self.time_ids(batch)}
-        context = context.repeat(batch, 1, 1)
-        return lambda: self.unet(x, t, encoder_hidden_states=context, added_cond_kwargs=cond, return_dict=False)
+        return {
+            "sample": self.latents(batch),
+            "timestep": self.torch.full((batch,), 500),
+            "encoder_hidden_states": context.repeat(batch, 1, 1),
+            "added_cond_kwargs": {"text_embeds": pooled.repeat(batch, 1), "time_ids": self.time_ids(batch)},
+            "return_dict": False,
+        }
+
+    def forward(self, batch):
+        inputs = self.inputs(batch)
+        return lambda: self.unet(**inputs)
+
+    def training(self, name):
+        batch = TRAINING[name].batch
+        return bench_torch_train.prepare(TRAINING[name], self.unet, self.inputs(batch), self.latents(batch))
 
     def decode(self):
         z = self.latents(1) / self.vae.config.scaling_factor
@@ -127,63 +171,86 @@ class Workload:
         return {
             "unet_forward_b1": lambda: self.forward(1),
             "unet_forward_b2": lambda: self.forward(2),
+            "unet_forward_b4": lambda: self.forward(4),
             "unet_forward_b8": lambda: self.forward(8),
             "vae_decode_b1": self.decode,
             "text_encode": lambda: self.encode,
             "image_50_steps": self.image,
-        }
+        } | {name: lambda name=name: self.training(name) for name in TRAINING}
 
     def measure(self, name, runs, seconds):
-        """One JSON-able row, keys as those of `ds-bench speed --json`."""
-        work, samples = self.pieces()[name](), []
-        with self.torch.inference_mode():
+        """One JSON-able row."""
+        work, trains = self.pieces()[name](), name in TRAINING
+        forwards = []
+
+        def once():
             self.forwards = 0
-            warm_up = timed(work)[0]
-            forwards = self.forwards
-            least = 1 if name == "image_50_steps" and warm_up > seconds / LEAST_RUNS else LEAST_RUNS
-            began = time.perf_counter()
-            while len(samples) < runs and (len(samples) < least or time.perf_counter() - began < seconds):
-                samples.append(timed(work))
-        wall, cpu = zip(*samples)
-        return {
-            "name": name,
-            "seconds_median": statistics.median(wall),
-            "seconds_min": min(wall),
-            "cpu_seconds_median": statistics.median(cpu),
-            "runs": len(samples),
-            "threads": self.torch.get_num_threads(),
-            "latent": list(self.latent),
-            "tokens": self.tokens,
-            "f": forwards,
-        }
+            work()
+            forwards.append(self.forwards)
+
+        try:
+            with self.torch.inference_mode(not trains):
+                samples = repeated(once, runs, seconds, long=trains or name == "image_50_steps")
+        finally:
+            if trains:
+                bench_torch_train.restore(self.unet)
+        versions = self.versions | (bench_torch_train.versions() if trains else {})
+        return row(name, samples, list(self.latent), self.tokens, forwards[0]) | versions
+
+    def flop(self, name):
+        """Floating-point operations of a U-Net forward or a training piece: its matrix products,
+        attention and convolutions. Counted on shapes alone; None for what has no such count."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        if name not in TRAINING and not name.startswith("unet_forward_b"):
+            return None
+        batch = TRAINING[name].batch if name in TRAINING else int(name.removeprefix("unet_forward_b"))
+        meta = self.torch.device("meta")
+        inputs = {key: moved(value, meta) for key, value in self.inputs(batch).items()}
+        with meta:
+            unet = type(self.unet).from_config(self.unet.config)
+            if name in TRAINING:
+                run = bench_torch_train.prepare(TRAINING[name], unet, inputs, inputs["sample"])
+            else:
+                unet.requires_grad_(False)
+                run = lambda: unet(**inputs)  # noqa: E731
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
 
 
-def timed(work):
-    """Seconds on the clock, and of processor time of all threads."""
-    start, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - start, time.process_time() - cpu
+def moved(value, device):
+    """Tensors, and dictionaries of them, on another device; everything else as it is."""
+    if isinstance(value, dict):
+        return {key: moved(inner, device) for key, inner in value.items()}
+    return value.to(device) if hasattr(value, "to") else value
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", required=True)
+    p.add_argument("--model", help="folder in the diffusers layout; operations need none")
+    p.add_argument("--suite", choices=SUITES, help="default: model, or where --only finds its names")
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--runs", type=int, default=10)
-    p.add_argument("--seconds", type=float, default=30.0, help="soft limit for each measurement")
+    p.add_argument("--runs", type=int, help="default: 10; suite ops: 300")
+    p.add_argument("--seconds", type=float, help="soft limit for each measurement; default: 30, suite ops: 1")
     p.add_argument("--latent", type=int, nargs=2, metavar=("H", "W"))
     p.add_argument("--only", help="comma-separated names")
     args = p.parse_args()
+    try:
+        names = chosen(args.suite, args.only)
+    except KeyError as error:
+        p.error(error.args[0])
 
     set_threads(args.threads)
-    workload = Workload(args.model, args.latent)
-    names = list(workload.pieces())
-    only = args.only.split(",") if args.only else names
-    if unknown := set(only) - set(names):
-        p.error(f"--only: unknown {', '.join(sorted(unknown))}; known: {', '.join(names)}")
+    operations = [name for name in names if name in SUITES["ops"]]
+    if len(operations) < len(names) and not args.model:
+        p.error("--model is needed for all but operations")
+    runs, seconds = LIMITS[args.suite or "model"]
+    runs, seconds = args.runs or runs, args.seconds or seconds
+    workload = Workload(args.model, args.latent) if len(operations) < len(names) else None
     for name in names:
-        if name in only:
-            print(json.dumps(workload.measure(name, args.runs, args.seconds) | workload.versions), flush=True)
+        source = Operations() if name in operations else workload
+        print(json.dumps(source.measure(name, runs, seconds)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-//! Activations.
+//! Activations, and the gated GELU of the transformers.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{D, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::kernel::{PARALLEL_FROM, Real, dispatch, fused, sigmoid, slice, with_slice};
+use super::autograd::attach;
+use super::kernel::{PARALLEL_FROM, Real, View, dispatch, fused, sigmoid, uninitialised};
+use super::simd::{Level, vectorised};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
@@ -28,70 +29,198 @@ impl Activation {
     }
 
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
+        if fused(x) {
+            let x = x.contiguous()?;
+            return dispatch!(x.dtype(), T => self.run::<T>(&x));
+        }
+        // Spelled out, exp(-x) overflows far below zero and its gradient is 0 · ∞.
         match self {
             Self::Gelu => x.gelu_erf(),
-            Self::Silu => gated(x, 1.0),
-            Self::QuickGelu => gated(x, 1.702),
+            Self::Silu => x.silu(),
+            Self::QuickGelu => (x * 1.702)?.silu()? / 1.702,
+        }
+    }
+
+    fn run<T: Real>(self, x: &Tensor) -> Result<Tensor> {
+        let y = map::<T>(&View::of(x)?, |level, x, y| values(level, self, x, y));
+        let (shape, from) = (x.shape().clone(), x.detach());
+        attach(y, shape, &[x], move |dy| {
+            let (x, gradient) = (View::<T>::of(&from)?, View::<T>::of(dy)?);
+            let mut dx = uninitialised(x.len());
+            let level = Level::current();
+            let each = |dx: &mut [T], (x, dy): (&[T], &[T])| slopes(level, self, x, dy, dx);
+            spread(&mut dx, (&x[..], 1), (&gradient[..], 1), 1, each);
+            Ok(vec![Tensor::from_vec(dx, dy.shape(), &Device::Cpu)?])
+        })
+    }
+
+    #[inline(always)]
+    fn value<T: Real>(self, x: T) -> T {
+        match self {
+            Self::Silu => x * sigmoid(x),
+            Self::QuickGelu => x * sigmoid(T::from_f64(1.702) * x),
+            Self::Gelu => x * normal_cdf(x),
+        }
+    }
+
+    #[inline(always)]
+    fn slope<T: Real>(self, x: T) -> T {
+        let gate = |slope: T| {
+            let s = sigmoid(slope * x);
+            s * (T::ONE + slope * x * (T::ONE - s))
+        };
+        match self {
+            Self::Silu => gate(T::ONE),
+            Self::QuickGelu => gate(T::from_f64(1.702)),
+            Self::Gelu => gelu_slope(x),
         }
     }
 }
 
-/// x · sigmoid(slope · x).
-fn gated(x: &Tensor, slope: f64) -> Result<Tensor> {
-    if fused(x) {
-        return x.contiguous()?.apply_op1(SigmoidGate { slope });
+/// Φ(x)
+#[inline(always)]
+fn normal_cdf<T: Real>(x: T) -> T {
+    let half = T::from_f64(0.5);
+    half + half * (x * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).error_function()
+}
+
+/// Φ(x) + x · φ(x)
+#[inline(always)]
+fn gelu_slope<T: Real>(x: T) -> T {
+    const DENSITY_AT_ZERO: f64 = 0.398_942_280_401_432_7;
+    let density = (T::from_f64(-0.5) * x * x).exponential() * T::from_f64(DENSITY_AT_ZERO);
+    normal_cdf(x) + x * density
+}
+
+vectorised! {
+    fn values<T: Real>(activation: Activation, x: &[T], y: &mut [T]) {
+        // One loop each, so that each vectorises.
+        match activation {
+            Activation::Silu => y.iter_mut().zip(x).for_each(|(y, x)| *y = Activation::Silu.value(*x)),
+            Activation::Gelu => y.iter_mut().zip(x).for_each(|(y, x)| *y = Activation::Gelu.value(*x)),
+            Activation::QuickGelu => {
+                y.iter_mut().zip(x).for_each(|(y, x)| *y = Activation::QuickGelu.value(*x));
+            }
+        }
     }
-    // Spelled out, exp(-x) overflows far below zero and its gradient is 0 · ∞.
-    (x * slope)?.silu()? / slope
 }
 
-struct SigmoidGate {
-    slope: f64,
-}
-
-fn map<T: Real>(x: &[T], y: &mut [T], f: impl Fn(T, &mut T) + Sync) {
-    const CHUNK: usize = 4096;
-    let each = |(y, x): (&mut [T], &[T])| y.iter_mut().zip(x).for_each(|(y, x)| f(*x, y));
-    if x.len() >= PARALLEL_FROM {
-        y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(each);
-    } else {
-        each((y, x));
+vectorised! {
+    fn slopes<T: Real>(activation: Activation, x: &[T], dy: &[T], dx: &mut [T]) {
+        macro_rules! each {
+            ($activation:expr) => {
+                for ((dx, dy), x) in dx.iter_mut().zip(dy).zip(x) {
+                    *dx = *dy * $activation.slope(*x);
+                }
+            };
+        }
+        match activation {
+            Activation::Silu => each!(Activation::Silu),
+            Activation::Gelu => each!(Activation::Gelu),
+            Activation::QuickGelu => each!(Activation::QuickGelu),
+        }
     }
 }
 
-fn gate<T: Real>(slope: f64, x: &[T]) -> Vec<T> {
-    let (slope, mut y) = (T::from_f64(slope), vec![T::ZERO; x.len()]);
-    map(x, &mut y, |x, y| *y = x * sigmoid(slope * x));
+fn map<T: Real>(x: &[T], f: impl Fn(Level, &[T], &mut [T]) + Sync) -> Vec<T> {
+    let (level, mut y) = (Level::current(), uninitialised(x.len()));
+    spread(&mut y, (x, 1), (x, 1), 1, |y: &mut [T], (x, _): (&[T], &[T])| f(level, x, y));
     y
 }
 
-fn gate_backward<T: Real>(slope: f64, x: &[T], dy: &[T]) -> Vec<T> {
-    let (slope, mut dx) = (T::from_f64(slope), dy.to_vec());
-    map(x, &mut dx, |x, d| {
-        let s = sigmoid(slope * x);
-        *d *= s * (T::ONE + slope * x * (T::ONE - s));
-    });
-    dx
+/// Runs `each` on pieces of rows: `to` has `unit` values a row, and each input its own number.
+fn spread<T: Real>(
+    to: &mut [T],
+    (a, a_unit): (&[T], usize),
+    (b, b_unit): (&[T], usize),
+    unit: usize,
+    each: impl Fn(&mut [T], (&[T], &[T])) + Sync,
+) {
+    const PIECE: usize = 1 << 14;
+    let rows = (PIECE / unit.max(1)).max(1);
+    if to.len() < PARALLEL_FROM {
+        each(to, (a, b));
+        return;
+    }
+    to.par_chunks_mut(rows * unit)
+        .zip(a.par_chunks(rows * a_unit).zip(b.par_chunks(rows * b_unit)))
+        .for_each(|(to, from)| each(to, from));
 }
 
-impl CustomOp1 for SigmoidGate {
-    fn name(&self) -> &'static str {
-        "sigmoid-gate"
+/// `value · gelu(gate)` of [..., 2n] = (value, gate) → [..., n] (GEGLU, arXiv 2002.05202).
+pub fn geglu(x: &Tensor) -> Result<Tensor> {
+    let width = x.dim(D::Minus1)?;
+    if width == 0 || !width.is_multiple_of(2) {
+        bail!("geglu: an odd width of {width}");
     }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let storage = dispatch!(storage.dtype(), T => {
-            T::to_cpu_storage_owned(gate::<T>(self.slope, slice(storage, layout)?))
-        });
-        Ok((storage, layout.shape().clone()))
+    let half = width / 2;
+    if !fused(x) {
+        let value = x.narrow(D::Minus1, 0, half)?.contiguous()?;
+        let gate = x.narrow(D::Minus1, half, half)?.contiguous()?;
+        return value * Activation::Gelu.forward(&gate)?;
     }
+    let x = x.contiguous()?;
+    dispatch!(x.dtype(), T => run_geglu::<T>(&x, half))
+}
 
-    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        dispatch!(x.dtype(), T => {
-            let dx = with_slice::<T, _>(x, |x| {
-                with_slice::<T, _>(grad, |dy| Ok(gate_backward(self.slope, x, dy)))
-            })?;
-            Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
-        })
+fn run_geglu<T: Real>(x: &Tensor, half: usize) -> Result<Tensor> {
+    let mut shape = x.dims().to_vec();
+    if let Some(last) = shape.last_mut() {
+        *last = half;
+    }
+    let from = View::<T>::of(x)?;
+    let mut y = uninitialised(from.len() / 2);
+    let level = Level::current();
+    let each = |y: &mut [T], (x, _): (&[T], &[T])| gated(level, x, half, y);
+    spread(&mut y, (&from[..], 2 * half), (&from[..], 2 * half), half, each);
+    drop(from);
+    let kept = x.detach();
+    attach(y, shape, &[x], move |dy| {
+        let (x, dy) = (View::<T>::of(&kept)?, View::<T>::of(dy)?);
+        let mut dx = uninitialised(x.len());
+        let level = Level::current();
+        let each = |dx: &mut [T], (x, dy): (&[T], &[T])| gated_slopes(level, x, dy, half, dx);
+        spread(&mut dx, (&x[..], 2 * half), (&dy[..], half), 2 * half, each);
+        Ok(vec![Tensor::from_vec(dx, kept.shape(), &Device::Cpu)?])
+    })
+}
+
+vectorised! {
+    fn gated<T: Real>(x: &[T], half: usize, y: &mut [T]) {
+        for (y, x) in y.chunks_exact_mut(half).zip(x.chunks_exact(2 * half)) {
+            let (value, gate) = x.split_at(half);
+            for ((y, v), g) in y.iter_mut().zip(value).zip(gate) {
+                *y = *v * Activation::Gelu.value(*g);
+            }
+        }
+    }
+}
+
+vectorised! {
+    fn gated_slopes<T: Real>(x: &[T], dy: &[T], half: usize, dx: &mut [T]) {
+        let rows = x.chunks_exact(2 * half).zip(dy.chunks_exact(half));
+        for (dx, (x, dy)) in dx.chunks_exact_mut(2 * half).zip(rows) {
+            let ((value, gate), (dvalue, dgate)) = (x.split_at(half), dx.split_at_mut(half));
+            for (((dv, dg), (v, g)), dy) in
+                dvalue.iter_mut().zip(dgate).zip(value.iter().zip(gate)).zip(dy)
+            {
+                *dv = *dy * Activation::Gelu.value(*g);
+                *dg = *dy * *v * Activation::Gelu.slope(*g);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_error_function_is_accurate() {
+        for i in -60_000..=60_000 {
+            let x = i as f32 * 1e-4;
+            let error = (f64::from(x.error_function()) - libm::erf(f64::from(x))).abs();
+            assert!(error < 4e-7, "erf({x}) is off by {error:e}");
+        }
     }
 }

@@ -1,13 +1,20 @@
 //! What the CPU kernels share: the real number types and slices of tensors.
 
-use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType, bail};
+use std::marker::PhantomData;
+use std::ops::Deref;
+
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor, WithDType, bail};
 
 /// f32 and f64: f32 is what models run in, f64 is for gradient checks.
-pub trait Real: WithDType + std::ops::Neg<Output = Self> + std::iter::Sum {
+pub trait Real:
+    WithDType + std::ops::Neg<Output = Self> + std::iter::Sum + super::gemm::Micro + super::gemm::Number
+{
     const ZERO: Self;
     const ONE: Self;
     /// Within 2 units in the last place for f32; branch-free, so that loops over it vectorise.
     fn exponential(self) -> Self;
+    /// The error function; within 4e-7 of it for f32, and branch-free there.
+    fn error_function(self) -> Self;
 }
 
 impl Real for f64 {
@@ -15,6 +22,10 @@ impl Real for f64 {
     const ONE: Self = 1.0;
     fn exponential(self) -> Self {
         self.exp()
+    }
+
+    fn error_function(self) -> Self {
+        libm::erf(self)
     }
 }
 
@@ -36,6 +47,35 @@ impl Real for f32 {
         }
         let power = f32::from_bits(((n as i32 + 127) as u32) << 23);
         (p * f * f + f + 1.0) * power
+    }
+
+    /// x · P(x²) / Q(x²) on |x| ≤ 4, where it reaches 1 (Eigen's coefficients).
+    #[expect(clippy::excessive_precision, reason = "constants as published")]
+    #[inline(always)]
+    fn error_function(self) -> Self {
+        let x = self.clamp(-4.0, 4.0);
+        let x2 = x * x;
+        let mut p = -2.726_142_258_013_06e-10_f32;
+        for c in [
+            2.770_681_424_959_02e-8,
+            -2.101_024_020_825_08e-6,
+            -5.692_506_394_623_46e-5,
+            -7.349_906_303_268_55e-4,
+            -2.954_599_808_540_25e-3,
+            -1.609_603_332_624_15e-2,
+        ] {
+            p = p * x2 + c;
+        }
+        let mut q = -1.456_607_184_649_96e-5_f32;
+        for c in [
+            -2.133_740_552_789_05e-4,
+            -1.682_826_974_382_03e-3,
+            -7.373_329_167_204_68e-3,
+            -1.426_473_905_141_89e-2,
+        ] {
+            q = q * x2 + c;
+        }
+        x * p / q
     }
 }
 
@@ -73,14 +113,46 @@ pub fn slice<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Resu
     Ok(&T::cpu_storage_as_slice(storage)?[from..to])
 }
 
-/// Calls `f` with the elements of a CPU tensor, made contiguous first if need be.
-pub fn with_slice<T: WithDType, R>(x: &Tensor, f: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
-    let x = x.contiguous()?;
-    let (storage, layout) = x.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => f(slice(storage, layout)?),
-        _ => bail!("expected a tensor on the CPU"),
+/// The elements of a contiguous CPU tensor, for as long as this lives.
+pub struct View<'a, T> {
+    storage: StorageRef<'a>,
+    range: (usize, usize),
+    number: PhantomData<T>,
+}
+
+impl<'a, T: WithDType> View<'a, T> {
+    /// # Errors
+    /// When the tensor is not contiguous, not on the CPU or of another type.
+    pub fn of(x: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = x.storage_and_layout();
+        let Some(range) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor") };
+        if x.dtype() != T::DTYPE || !x.device().is_cpu() {
+            bail!("expected {:?} on the CPU, got {:?}", T::DTYPE, x.dtype());
+        }
+        Ok(Self { storage, range, number: PhantomData })
     }
+}
+
+impl<T: WithDType> Deref for View<'_, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        let all = match &*self.storage {
+            Storage::Cpu(storage) => T::cpu_storage_as_slice(storage).unwrap_or_default(),
+            _ => &[],
+        };
+        &all[self.range.0..self.range.1]
+    }
+}
+
+/// Memory for values that are all written before any is read.
+#[expect(clippy::uninit_vec, reason = "zeroing costs as much as a pass of a kernel")]
+pub fn uninitialised<T: Real>(length: usize) -> Vec<T> {
+    let mut values = Vec::with_capacity(length);
+    // SAFETY: the capacity is there, any bits are a value of the two number types, and the
+    // kernels write every element first.
+    unsafe { values.set_len(length) };
+    values
 }
 
 /// Runs `$call` with `$t` bound to f32 or f64 after the dtype `$dtype`.

@@ -1,19 +1,12 @@
-//! Fully connected layers, and the low-rank adapters that linears and convolutions carry.
+//! Fully connected layers.
 
-use candle_core::{Result, Tensor};
+use candle_core::{D, Result, Tensor};
 
-/// A low-rank update (LoRA, arXiv 2106.09685): `W' = W + scale · up · down`,
-/// `scale = alpha / rank`.
-#[derive(Clone, Debug)]
-pub struct LowRank {
-    /// [rank, in], or [rank, in, kh, kw] for a convolution.
-    pub down: Tensor,
-    /// [out, rank], or [out, rank, 1, 1].
-    pub up: Tensor,
-    pub scale: f64,
-}
+use super::affine::Map;
+use super::kernel::{dispatch, fused};
+use super::layer::{Added, LowRank, PackedWeight, Weights, apply};
 
-/// `y = x Wᵀ + b`.
+/// `y = x Wᵀ + b`, optionally with a low-rank adapter.
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// [out, in]
@@ -21,12 +14,47 @@ pub struct Linear {
     /// [out]
     pub bias: Option<Tensor>,
     pub adapter: Option<LowRank>,
+    packed: PackedWeight,
 }
 
 impl Linear {
+    pub fn new(weight: Tensor, bias: Option<Tensor>, adapter: Option<LowRank>) -> Self {
+        Self { weight, bias, adapter, packed: PackedWeight::default() }
+    }
+
     /// [..., in] → [..., out].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let rows = rows(x)?;
+        self.forward_added(x, Added::default())
+    }
+
+    /// `forward(x) + residual`, which has the output's shape.
+    pub fn forward_onto(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        self.forward_added(x, Added { residual: Some(residual), shift: None })
+    }
+
+    fn forward_added(&self, x: &Tensor, added: Added) -> Result<Tensor> {
+        let (outer, inner) = self.weight.dims2()?;
+        let mut shape = x.dims().to_vec();
+        let Some(last) = shape.last_mut().filter(|last| **last == inner) else {
+            candle_core::bail!("linear: input {:?} for a weight {:?}", x.dims(), self.weight.dims())
+        };
+        *last = outer;
+        if !fused(x) {
+            return self.composed(x, &shape, added);
+        }
+        let map = Map::rows(x.elem_count() / inner.max(1), inner, outer);
+        let weights = Weights {
+            weight: &self.weight,
+            bias: self.bias.as_ref(),
+            adapter: self.adapter.as_ref(),
+            packed: &self.packed,
+        };
+        dispatch!(x.dtype(), T => apply::<T>(map, x, weights, added, shape))
+    }
+
+    fn composed(&self, x: &Tensor, shape: &[usize], added: Added) -> Result<Tensor> {
+        // candle's product misreads a transposed left operand against a broadcast right one.
+        let rows = x.contiguous()?.reshape(((), x.dim(D::Minus1)?))?;
         let mut y = rows.matmul(&self.weight.t()?)?;
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(bias)?;
@@ -35,16 +63,7 @@ impl Linear {
             let low = rows.matmul(&adapter.down.t()?)?;
             y = (y + (low.matmul(&adapter.up.t()?)? * adapter.scale)?)?;
         }
-        let mut dims = x.dims().to_vec();
-        if let Some(last) = dims.last_mut() {
-            *last = self.weight.dim(0)?;
-        }
-        y.reshape(dims)
+        let y = y.reshape(shape)?;
+        added.residual.map_or(Ok(y.clone()), |residual| y + residual)
     }
-}
-
-/// [..., n] → [rows, n], contiguous: candle's CPU product misreads a
-/// transposed left operand against a broadcast right one.
-fn rows(x: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.reshape(((), x.dim(candle_core::D::Minus1)?))
 }

@@ -1,25 +1,34 @@
-//! Differentiable layers over candle's tensors.
+//! Differentiable layers over candle's tensors. Images are channels-last, [B, H, W, C], so
+//! that their positions are the tokens of a transformer without a copy.
 //!
 //! candle's own fused normalisation and softmax have no backward and say so
 //! nowhere, its CPU convolution is several times slower than a matrix product,
 //! and its CPU `matmul` misreads some strided inputs. So the hot operations
-//! are custom operations here, each with its backward, and every matrix
-//! product gets contiguous operands. On other devices and dtypes the same
-//! functions fall back to compositions of differentiable candle operations.
+//! are kernels here, each with its backward, which compute gradients only of
+//! what is being trained. On other devices and dtypes the same functions fall
+//! back to compositions of differentiable candle operations.
 
 pub mod activation;
+pub mod adamw;
+mod affine;
 pub mod attention;
+pub mod autograd;
 pub mod conv;
 pub mod embedding;
-mod im2col;
+mod flash;
+pub mod gemm;
+mod group_norm;
 pub mod kernel;
+pub mod layer;
 pub mod linear;
 pub mod norm;
 pub mod resample;
-pub mod softmax;
+pub mod simd;
+mod window;
 
-pub use activation::Activation;
+pub use activation::{Activation, geglu};
 pub use attention::attention;
 pub use conv::Conv2d;
-pub use linear::{Linear, LowRank};
+pub use layer::{Added, LowRank};
+pub use linear::Linear;
 pub use norm::{GroupNorm, LayerNorm};

@@ -1,13 +1,16 @@
-//! Group and layer normalisation, each one fused operation with its backward.
+//! Group and layer normalisation over channels-last tensors, each one fused operation with
+//! its backward.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{D, DType, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::activation::Activation;
-use super::kernel::{PARALLEL_FROM, Real, dispatch, fused, sigmoid, slice, sum_by, with_slice};
+use super::autograd::{attach, wanted};
+use super::group_norm::{self, Groups};
+use super::kernel::{PARALLEL_FROM, Real, View, dispatch, fused, sum_by, uninitialised};
+use super::simd::{Level, vectorised};
 
-/// Group normalisation over [B, C, ...].
+/// Group normalisation over [B, ..., C].
 #[derive(Clone, Debug)]
 pub struct GroupNorm {
     pub groups: usize,
@@ -29,20 +32,44 @@ impl GroupNorm {
     }
 
     fn apply(&self, x: &Tensor, silu: bool) -> Result<Tensor> {
-        let op = Norm { kind: Kind::Group(self.groups), eps: self.eps, silu };
-        if fused(x) {
-            return x.contiguous()?.apply_op3(&self.weight, &self.bias, op);
+        let (batch, channels) = (x.dim(0)?, x.dim(D::Minus1)?);
+        let groups = self.groups;
+        if x.rank() < 2 || groups == 0 || !channels.is_multiple_of(groups) {
+            bail!("group norm: {:?} does not split into {groups} groups", x.dims());
         }
-        let (batch, channels) = (x.dim(0)?, x.dim(1)?);
-        let rows = x.to_dtype(DType::F32)?.reshape((batch, self.groups, ()))?;
-        let mut affine = vec![1; x.rank()];
-        affine[1] = channels;
-        let y = standardise(&rows, self.eps)?
+        check_affine(&self.weight, &self.bias, channels)?;
+        if fused(x) {
+            let positions = x.elem_count() / (batch * channels).max(1);
+            let shape = Groups { batch, positions, channels, groups, eps: self.eps, silu };
+            return dispatch!(x.dtype(), T => self.run::<T>(x, shape));
+        }
+        let rows = x.to_dtype(DType::F32)?.reshape((batch, (), groups, channels / groups))?;
+        let rows = rows.transpose(1, 2)?.contiguous()?;
+        let y = standardise(&rows.reshape((batch, groups, ()))?, self.eps)?
+            .reshape(rows.shape())?
+            .transpose(1, 2)?
+            .contiguous()?
             .reshape(x.shape())?
             .to_dtype(x.dtype())?
-            .broadcast_mul(&self.weight.reshape(affine.clone())?)?
-            .broadcast_add(&self.bias.reshape(affine)?)?;
+            .broadcast_mul(&self.weight)?
+            .broadcast_add(&self.bias)?;
         if silu { Activation::Silu.forward(&y) } else { Ok(y) }
+    }
+
+    fn run<T: Real>(&self, x: &Tensor, shape: Groups) -> Result<Tensor> {
+        let (x, w, b) = (x.contiguous()?, self.weight.contiguous()?, self.bias.contiguous()?);
+        let (y, statistics) =
+            group_norm::forward::<T>(&shape, &View::of(&x)?, &View::of(&w)?, &View::of(&b)?);
+        let inputs = [x, w, b];
+        let kept = inputs.clone().map(|t| t.detach());
+        let wants = inputs.clone().map(|t| wanted(&t));
+        attach(y, inputs[0].shape().clone(), &inputs.each_ref(), move |dy| {
+            let [x, w, b] = &kept;
+            let (x, w, b) = (View::<T>::of(x)?, View::<T>::of(w)?, View::<T>::of(b)?);
+            let (dx, dw, db) =
+                group_norm::backward(&shape, &statistics, &x, &w, &b, &View::of(dy)?);
+            gradients([dx, dw, db], &kept, wants)
+        })
     }
 }
 
@@ -56,15 +83,47 @@ pub struct LayerNorm {
 
 impl LayerNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        check_affine(&self.weight, &self.bias, x.dim(D::Minus1)?)?;
         if fused(x) {
-            let op = Norm { kind: Kind::Layer, eps: self.eps, silu: false };
-            return x.contiguous()?.apply_op3(&self.weight, &self.bias, op);
+            return dispatch!(x.dtype(), T => self.run::<T>(x));
         }
         standardise(&x.to_dtype(DType::F32)?, self.eps)?
             .to_dtype(x.dtype())?
             .broadcast_mul(&self.weight)?
             .broadcast_add(&self.bias)
     }
+
+    fn run<T: Real>(&self, x: &Tensor) -> Result<Tensor> {
+        let inputs = [x.contiguous()?, self.weight.contiguous()?, self.bias.contiguous()?];
+        let eps = self.eps;
+        let y = {
+            let [x, w, b] = inputs.each_ref().map(|t| View::<T>::of(t));
+            layers(&x?, &w?, &b?, eps)
+        };
+        let kept = inputs.clone().map(|t| t.detach());
+        let wants = inputs.clone().map(|t| wanted(&t));
+        attach(y, inputs[0].shape().clone(), &inputs.each_ref(), move |dy| {
+            let (x, w) = (View::<T>::of(&kept[0])?, View::<T>::of(&kept[1])?);
+            gradients(layers_backward(&x, &w, &View::of(dy)?, eps), &kept, wants)
+        })
+    }
+}
+
+/// The wanted ones of the gradients of input, weight and bias.
+fn gradients<T: Real>(
+    values: [Vec<T>; 3],
+    like: &[Tensor; 3],
+    wants: [bool; 3],
+) -> Result<Vec<Tensor>> {
+    let all = values.into_iter().zip(like).zip(wants).filter(|(_, wanted)| *wanted);
+    all.map(|((v, like), _)| Tensor::from_vec(v, like.shape(), &Device::Cpu)).collect()
+}
+
+fn check_affine(weight: &Tensor, bias: &Tensor, channels: usize) -> Result<()> {
+    if weight.dims() == [channels] && bias.dims() == [channels] {
+        return Ok(());
+    }
+    bail!("norm of {channels} channels: weight {:?}, bias {:?}", weight.dims(), bias.dims())
 }
 
 /// Zero mean and unit variance over the last dimension, from differentiable operations.
@@ -74,202 +133,96 @@ fn standardise(x: &Tensor, eps: f64) -> Result<Tensor> {
     centred.broadcast_div(&deviation)
 }
 
-#[derive(Clone, Copy)]
-enum Kind {
-    Group(usize),
-    Layer,
-}
+/// Rows that one task takes.
+const ROWS: usize = 64;
 
-struct Norm {
-    kind: Kind,
-    eps: f64,
-    silu: bool,
-}
-
-/// How a tensor falls into rows that share statistics, and rows into runs
-/// that share an affine pair.
-struct Geometry {
-    /// Elements that share statistics.
-    row: usize,
-    /// Consecutive elements that share weight and bias.
-    run: usize,
-    channels: usize,
-    groups: usize,
-}
-
-impl Geometry {
-    /// The channel of run `j` in row `r`.
-    #[inline(always)]
-    fn channel(&self, r: usize, j: usize) -> usize {
-        (r % self.groups) * (self.row / self.run) + j
-    }
-}
-
-impl Norm {
-    fn geometry(&self, shape: &Shape) -> Result<Geometry> {
-        let dims = shape.dims();
-        match self.kind {
-            Kind::Layer => {
-                let n = dims.last().copied().unwrap_or(1);
-                Ok(Geometry { row: n, run: 1, channels: n, groups: 1 })
-            }
-            Kind::Group(groups) => {
-                if dims.len() < 2 || !dims[1].is_multiple_of(groups) {
-                    candle_core::bail!("group norm: {dims:?} does not split into {groups} groups");
-                }
-                let run = dims[2..].iter().product::<usize>();
-                Ok(Geometry { row: dims[1] / groups * run, run, channels: dims[1], groups })
-            }
-        }
-    }
-}
-
-/// Mean and reciprocal standard deviation, accumulated in f64 over short f32 runs.
-fn statistics<T: Real>(row: &[T], eps: f64) -> (T, T) {
-    fn sum<T: Real>(row: &[T], f: impl Fn(T) -> T) -> f64 {
-        row.chunks(1024).map(|c| sum_by(c, &f).to_f64()).sum()
-    }
-    let n = row.len() as f64;
-    let mean = T::from_f64(sum(row, |v| v) / n);
-    let variance = sum(row, |v| (v - mean) * (v - mean)) / n;
-    (mean, T::from_f64(1.0 / (variance + eps).sqrt()))
-}
-
-fn for_rows<T: Real>(
-    x: &[T],
-    y: &mut [T],
-    row: usize,
-    each: impl Fn(usize, &[T], &mut [T]) + Sync,
-) {
-    if x.len() >= PARALLEL_FROM {
-        y.par_chunks_mut(row)
-            .zip(x.par_chunks(row))
-            .enumerate()
-            .for_each(|(r, (y, x))| each(r, x, y));
+fn layers<T: Real>(x: &[T], w: &[T], b: &[T], eps: f64) -> Vec<T> {
+    let (level, n) = (Level::current(), w.len().max(1));
+    let mut y = uninitialised(x.len());
+    if x.len() < PARALLEL_FROM {
+        layer_rows(level, x, w, b, eps, &mut y);
     } else {
-        y.chunks_mut(row).zip(x.chunks(row)).enumerate().for_each(|(r, (y, x))| each(r, x, y));
+        let rows = y.par_chunks_mut(ROWS * n).zip(x.par_chunks(ROWS * n));
+        rows.for_each(|(y, x)| layer_rows(level, x, w, b, eps, y));
     }
-}
-
-fn forward<T: Real>(op: &Norm, g: &Geometry, x: &[T], w: &[T], b: &[T]) -> Vec<T> {
-    let mut y = vec![T::ZERO; x.len()];
-    for_rows(x, &mut y, g.row, |r, x, y| {
-        let (mean, scale) = statistics(x, op.eps);
-        if g.run == 1 && g.groups == 1 {
-            for (((y, x), w), b) in y.iter_mut().zip(x).zip(w).zip(b) {
-                *y = (*x - mean) * scale * *w + *b;
-            }
-            return;
-        }
-        for (j, (y, x)) in y.chunks_mut(g.run).zip(x.chunks(g.run)).enumerate() {
-            let c = g.channel(r, j);
-            let (a, b) = (w[c] * scale, b[c] - mean * scale * w[c]);
-            y.iter_mut().zip(x).for_each(|(y, x)| *y = *x * a + b);
-            if op.silu {
-                y.iter_mut().for_each(|y| *y *= sigmoid(*y));
-            }
-        }
-    });
     y
 }
 
-/// dx, dw, db. With z = x̂·w + b and y = z or silu(z):
-/// dx = (w·dz − mean(w·dz) − x̂·mean(w·dz·x̂)) / σ.
-fn backward<T: Real>(
-    op: &Norm,
-    g: &Geometry,
-    x: &[T],
-    w: &[T],
-    b: &[T],
-    dy: &[T],
-) -> (Vec<T>, Vec<T>, Vec<T>) {
-    let mut dx = vec![T::ZERO; x.len()];
-    let (mut dw, mut db) = (vec![T::ZERO; g.channels], vec![T::ZERO; g.channels]);
-    let n = T::from_f64(g.row as f64);
-    for (r, (dx, (x, dy))) in
-        dx.chunks_mut(g.row).zip(x.chunks(g.row).zip(dy.chunks(g.row))).enumerate()
-    {
-        let (mean, scale) = statistics(x, op.eps);
-        let (mut sum, mut dot) = (T::ZERO, T::ZERO);
-        for (j, ((dx, x), dy)) in
-            dx.chunks_mut(g.run).zip(x.chunks(g.run)).zip(dy.chunks(g.run)).enumerate()
-        {
-            let c = g.channel(r, j);
-            let (mut run_dw, mut run_db) = (T::ZERO, T::ZERO);
-            for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
-                let xhat = (*x - mean) * scale;
-                let mut dz = *dy;
-                if op.silu {
-                    let z = xhat * w[c] + b[c];
-                    let s = sigmoid(z);
-                    dz *= s * (T::ONE + z * (T::ONE - s));
-                }
-                run_dw += dz * xhat;
-                run_db += dz;
-                *dx = dz * w[c];
-            }
-            dw[c] += run_dw;
-            db[c] += run_db;
-            sum += run_db * w[c];
-            dot += run_dw * w[c];
-        }
-        let (sum, dot) = (sum / n, dot / n);
-        for (dx, x) in dx.iter_mut().zip(x) {
-            *dx = (*dx - sum - (*x - mean) * scale * dot) * scale;
-        }
-    }
-    (dx, dw, db)
+/// Mean and reciprocal standard deviation of a row.
+#[inline(always)]
+fn statistics<T: Real>(row: &[T], eps: f64) -> (T, T) {
+    let scale = T::from_f64(1.0 / row.len() as f64);
+    let mean = sum_by(row, |v| v) * scale;
+    let variance = sum_by(row, |v| (v - mean) * (v - mean)).to_f64() / row.len() as f64;
+    (mean, T::from_f64(1.0 / (variance + eps).sqrt()))
 }
 
-impl CustomOp3 for Norm {
-    fn name(&self) -> &'static str {
-        "norm"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let g = self.geometry(l1.shape())?;
-        let storage = dispatch!(s1.dtype(), T => {
-            let (x, w, b) = (slice::<T>(s1, l1)?, slice::<T>(s2, l2)?, slice::<T>(s3, l3)?);
-            if w.len() != g.channels || b.len() != g.channels {
-                candle_core::bail!("norm: {} weights for {} channels", w.len(), g.channels);
+vectorised! {
+    fn layer_rows<T: Real>(x: &[T], w: &[T], b: &[T], eps: f64, y: &mut [T]) {
+        for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
+            let (mean, scale) = statistics(x, eps);
+            for (((y, x), w), b) in y.iter_mut().zip(x).zip(w).zip(b) {
+                *y = (*x - mean) * scale * *w + *b;
             }
-            T::to_cpu_storage_owned(forward::<T>(self, &g, x, w, b))
-        });
-        Ok((storage, l1.shape().clone()))
+        }
     }
+}
 
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let g = self.geometry(x.shape())?;
-        dispatch!(x.dtype(), T => {
-            let (dx, dw, db) = with_slice::<T, _>(x, |x| {
-                with_slice::<T, _>(w, |w| {
-                    with_slice::<T, _>(b, |b| {
-                        with_slice::<T, _>(grad, |dy| Ok(backward::<T>(self, &g, x, w, b, dy)))
-                    })
-                })
-            })?;
-            let tensor = |v: Vec<T>, like: &Tensor| -> Result<Option<Tensor>> {
-                if !like.track_op() {
-                    return Ok(None);
-                }
-                Tensor::from_vec(v, like.shape(), like.device()).map(Some)
-            };
-            Ok((tensor(dx, x)?, tensor(dw, w)?, tensor(db, b)?))
+/// dx, dw, db. With x̂ the standardised row: dx = (w·dy − mean(w·dy) − x̂·mean(w·dy·x̂)) / σ.
+fn layers_backward<T: Real>(x: &[T], w: &[T], dy: &[T], eps: f64) -> [Vec<T>; 3] {
+    let (level, n) = (Level::current(), w.len().max(1));
+    let mut dx = uninitialised(x.len());
+    let rows = dx.par_chunks_mut(ROWS * n).zip(x.par_chunks(ROWS * n).zip(dy.par_chunks(ROWS * n)));
+    let parts: Vec<(Vec<T>, Vec<T>)> = rows
+        .map(|(dx, (x, dy))| {
+            let (mut dw, mut db) = (vec![T::ZERO; n], vec![T::ZERO; n]);
+            layer_rows_backward(level, x, w, dy, eps, dx, &mut dw, &mut db);
+            (dw, db)
         })
+        .collect();
+    let (mut dw, mut db) = (vec![T::ZERO; n], vec![T::ZERO; n]);
+    for (w, b) in parts {
+        super::gemm::add(level, &mut dw, &w);
+        super::gemm::add(level, &mut db, &b);
     }
+    [dx, dw, db]
+}
+
+vectorised! {
+    fn layer_rows_backward<T: Real>(
+        x: &[T], w: &[T], dy: &[T], eps: f64, dx: &mut [T], dw: &mut [T], db: &mut [T],
+    ) {
+        let n = w.len();
+        let inverse = T::from_f64(1.0 / n as f64);
+        let rows = x.chunks_exact(n).zip(dy.chunks_exact(n));
+        for (dx, (x, dy)) in dx.chunks_exact_mut(n).zip(rows) {
+            let (mean, scale) = statistics(x, eps);
+            for i in 0..n {
+                let standard = (x[i] - mean) * scale;
+                dx[i] = dy[i] * w[i];
+                dw[i] += dy[i] * standard;
+                db[i] += dy[i];
+            }
+            let sum = sum_by(dx, |v| v) * inverse;
+            let dot = dot(dx, x, mean) * scale * inverse;
+            for i in 0..n {
+                dx[i] = (dx[i] - sum - (x[i] - mean) * scale * dot) * scale;
+            }
+        }
+    }
+}
+
+/// Σ a · (x − mean), in lanes.
+#[inline(always)]
+fn dot<T: Real>(a: &[T], x: &[T], mean: T) -> T {
+    const LANES: usize = 16;
+    let mut lanes = [T::ZERO; LANES];
+    let (mut a, mut x) = (a.chunks_exact(LANES), x.chunks_exact(LANES));
+    for (a, x) in a.by_ref().zip(x.by_ref()) {
+        for i in 0..LANES {
+            lanes[i] += a[i] * (x[i] - mean);
+        }
+    }
+    let rest: T = a.remainder().iter().zip(x.remainder()).map(|(a, x)| *a * (*x - mean)).sum();
+    lanes.into_iter().sum::<T>() + rest
 }

@@ -1,24 +1,17 @@
-//! Nearest-neighbour resampling. candle's own operation loses gradients when
-//! its input has a second consumer.
+//! Nearest-neighbour resampling of channels-last images. candle's own operation loses
+//! gradients when its input has a second consumer.
 
 use candle_core::{Result, Tensor};
 
-/// [B, C, H, W] → [B, C, height, width], as PyTorch's `interpolate(mode="nearest")`.
+/// [B, H, W, C] → [B, height, width, C], as PyTorch's `interpolate(mode="nearest")`.
+/// A convolution that follows reads the small image itself, see `Conv2d::forward_enlarged`.
 pub fn nearest(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
-    let (batch, channels, h, w) = x.dims4()?;
+    let (_, h, w, _) = x.dims4()?;
     if (height, width) == (h, w) {
         return Ok(x.clone());
     }
-    if height == 2 * h && width == 2 * w {
-        return x
-            .contiguous()?
-            .reshape((batch * channels, h, 1, w, 1))?
-            .broadcast_as((batch * channels, h, 2, w, 2))?
-            .contiguous()?
-            .reshape((batch, channels, height, width));
-    }
-    let rows = x.contiguous()?.index_select(&indices(h, height, x)?, 2)?;
-    rows.index_select(&indices(w, width, x)?, 3)
+    let rows = x.contiguous()?.index_select(&indices(h, height, x)?, 1)?;
+    rows.index_select(&indices(w, width, x)?, 2)
 }
 
 fn indices(from: usize, to: usize, like: &Tensor) -> Result<Tensor> {

@@ -81,13 +81,13 @@ impl Vision {
             })
             .collect::<Result<_>>()?;
         Ok(Self {
-            patches: Conv2d {
-                weight: embeddings.tensor("patch_embedding.weight", &[width, 3, patch, patch])?,
-                bias: None,
-                stride: patch,
-                padding: 0,
-                adapter: None,
-            },
+            patches: Conv2d::new(
+                embeddings.tensor("patch_embedding.weight", &[width, 3, patch, patch])?,
+                None,
+                patch,
+                0,
+                None,
+            ),
             class: embeddings.tensor("class_embedding", &[width])?,
             positions: embeddings.tensor("position_embedding.weight", &[tokens, width])?,
             // The misspelling is transformers' own.
@@ -99,9 +99,9 @@ impl Vision {
         })
     }
 
-    /// `x` [B, 3, size, size], normalised → [B, projection].
+    /// `x` [B, size, size, 3], normalised → [B, projection].
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let patches = self.patches.forward(x)?.flatten_from(2)?.transpose(1, 2)?.contiguous()?;
+        let patches = self.patches.forward(x)?.flatten(1, 2)?;
         let (batch, _, width) = patches.dims3()?;
         let class = self.class.reshape((1, 1, width))?.broadcast_as((batch, 1, width))?;
         let x = Tensor::cat(&[&class.contiguous()?, &patches], 1)?;
@@ -180,12 +180,11 @@ impl Clip {
             } else {
                 image::imageops::resize(image, side, side, FilterType::CatmullRom)
             };
-            for c in 0..3 {
-                let normal = |v: u8| (f32::from(v) / 255.0 - self.mean[c]) / self.std[c];
-                pixels.extend(scaled.pixels().map(|p| normal(p.0[c])));
-            }
+            let normal =
+                |p: &image::Rgb<u8>| [0, 1, 2].map(|c| (f32::from(p.0[c]) / 255.0 - self.mean[c]) / self.std[c]);
+            pixels.extend(scaled.pixels().flat_map(normal));
         }
-        let x = Tensor::from_vec(pixels, (images.len(), 3, size, size), &Device::Cpu)?;
+        let x = Tensor::from_vec(pixels, (images.len(), size, size, 3), &Device::Cpu)?;
         unit(&self.vision.forward(&x)?)
     }
 }

@@ -45,9 +45,9 @@ impl ClipLayer {
     pub fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
         let h = self.norms[0].forward(x)?;
         let [q, k, v] = [0, 1, 2].map(|i| self.qkv[i].forward(&h));
-        let x = (x + self.out.forward(&attention(&q?, &k?, &v?, self.heads, mask)?)?)?;
+        let x = self.out.forward_onto(&attention(&q?, &k?, &v?, self.heads, mask)?, x)?;
         let h = self.activation.forward(&self.fc1.forward(&self.norms[1].forward(&x)?)?)?;
-        Ok((&x + self.fc2.forward(&h)?)?)
+        Ok(self.fc2.forward_onto(&h, &x)?)
     }
 }
 

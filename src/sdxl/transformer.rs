@@ -1,10 +1,13 @@
 //! The transformer inside the U-Net's blocks (diffusers' `Transformer2DModel`).
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 
 use super::weights::Scope;
-use crate::Result;
-use crate::nn::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, attention};
+use crate::nn::{Added, Conv2d, GroupNorm, LayerNorm, Linear, attention, geglu};
+use crate::{Error, Result};
+
+/// Keys and values of an attention, [B, S, width] each.
+pub type KeyValue = (Tensor, Tensor);
 
 /// Self- or cross-attention with separate projections.
 #[derive(Clone, Debug)]
@@ -27,11 +30,15 @@ impl Attention {
         })
     }
 
-    /// `x` [B, T, width], `context` [B, S, context width].
-    pub fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let (q, k, v) =
-            (self.to_q.forward(x)?, self.to_k.forward(context)?, self.to_v.forward(context)?);
-        Ok(self.to_out.forward(&attention(&q, &k, &v, self.heads, None)?)?)
+    /// Keys and values of `context` [B, S, context width].
+    fn sources(&self, context: &Tensor) -> Result<KeyValue> {
+        Ok((self.to_k.forward(context)?, self.to_v.forward(context)?))
+    }
+
+    /// `residual` plus the attention of `x` [B, T, width] to keys and values.
+    fn forward(&self, x: &Tensor, (k, v): &KeyValue, residual: &Tensor) -> Result<Tensor> {
+        let h = attention(&self.to_q.forward(x)?, k, v, self.heads, None)?;
+        Ok(self.to_out.forward_onto(&h, residual)?)
     }
 }
 
@@ -56,16 +63,12 @@ impl Block {
         })
     }
 
-    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, text: &KeyValue) -> Result<Tensor> {
         let h = self.norms[0].forward(x)?;
-        let x = (x + self.self_attention.forward(&h, &h)?)?;
-        let x = (&x + self.cross_attention.forward(&self.norms[1].forward(&x)?, context)?)?;
-        let h = self.gate.forward(&self.norms[2].forward(&x)?)?;
-        let half = h.dim(D::Minus1)? / 2;
-        let value = h.narrow(D::Minus1, 0, half)?.contiguous()?;
-        let gate = h.narrow(D::Minus1, half, half)?.contiguous()?;
-        let h = (value * Activation::Gelu.forward(&gate)?)?;
-        Ok((x + self.out.forward(&h)?)?)
+        let x = self.self_attention.forward(&h, &self.self_attention.sources(&h)?, x)?;
+        let x = self.cross_attention.forward(&self.norms[1].forward(&x)?, text, &x)?;
+        let h = geglu(&self.gate.forward(&self.norms[2].forward(&x)?)?)?;
+        Ok(self.out.forward_onto(&h, &x)?)
     }
 }
 
@@ -121,27 +124,31 @@ impl Transformer2D {
         })
     }
 
-    /// `x` [B, C, H, W], `context` [B, S, D].
-    pub fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let (batch, width, height, breadth) = x.dims4()?;
-        let to_tokens = |h: &Tensor| -> Result<Tensor> {
-            Ok(h.reshape((batch, width, height * breadth))?.transpose(1, 2)?.contiguous()?)
-        };
-        let to_image = |h: &Tensor| -> Result<Tensor> {
-            Ok(h.transpose(1, 2)?.contiguous()?.reshape((batch, width, height, breadth))?)
-        };
+    /// The keys and values of `context` [B, S, D] for every block.
+    pub fn sources(&self, context: &Tensor) -> impl Iterator<Item = Result<KeyValue>> {
+        self.blocks.iter().map(|block| block.cross_attention.sources(context))
+    }
+
+    /// `x` [B, H, W, C]; takes this transformer's keys and values off `text`.
+    pub fn forward(&self, x: &Tensor, text: &mut std::slice::Iter<KeyValue>) -> Result<Tensor> {
         let h = self.norm.forward(x)?;
-        let mut h = match &self.projection {
-            Projection::Linear(input, _) => input.forward(&to_tokens(&h)?)?,
-            Projection::Conv(input, _) => to_tokens(&input.forward(&h)?)?,
-        };
-        for block in &self.blocks {
-            h = block.forward(&h, context)?;
-        }
         let h = match &self.projection {
-            Projection::Linear(_, output) => to_image(&output.forward(&h)?)?,
-            Projection::Conv(_, output) => output.forward(&to_image(&h)?)?,
+            Projection::Linear(input, _) => input.forward(&h)?,
+            Projection::Conv(input, _) => input.forward(&h)?,
         };
-        Ok((h + x)?)
+        let mut tokens = h.flatten(1, 2)?;
+        for block in &self.blocks {
+            let Some(text) = text.next() else {
+                return Err(Error::Weights("U-Net: keys and values are missing".into()));
+            };
+            tokens = block.forward(&tokens, text)?;
+        }
+        let h = tokens.reshape(h.shape())?;
+        Ok(match &self.projection {
+            Projection::Linear(_, output) => output.forward_onto(&h, x)?,
+            Projection::Conv(_, output) => {
+                output.forward_added(&h, Added { shift: None, residual: Some(x) })?
+            }
+        })
     }
 }

@@ -1,11 +1,12 @@
 //! `UNet2DConditionModel` as SDXL uses it (arXiv 2307.01952): per-sample
 //! timesteps, text context, pooled text and size conditioning.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::config::UNetConfig;
-use super::transformer::TransformerShape;
-use super::unet_blocks::{BlockShape, DownLevel, MidLevel, UpLevel, activate_time};
+use super::layout::{to_pixels, to_planes};
+use super::transformer::{KeyValue, TransformerShape};
+use super::unet_blocks::{BlockRef, BlockShape, Conditions, DownLevel, MidLevel, UpLevel};
 use super::weights::Scope;
 use crate::nn::embedding::sinusoidal;
 use crate::nn::{Activation, Conv2d, GroupNorm, Linear};
@@ -27,6 +28,47 @@ impl TwoLayers {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(self.second.forward(&Activation::Silu.forward(&self.first.forward(x)?)?)?)
+    }
+}
+
+/// What a U-Net makes of texts and sizes, before it sees a latent or a timestep.
+#[derive(Clone, Debug)]
+pub struct TextStates {
+    /// Every cross-attention's keys and values, [B, T, width].
+    sources: Vec<KeyValue>,
+    /// The added embedding, [B, time width].
+    added: Option<Tensor>,
+    dtype: DType,
+}
+
+impl TextStates {
+    /// Several batches as one.
+    ///
+    /// # Errors
+    /// When they are of different U-Nets or lengths, or there is none.
+    pub fn cat(parts: &[&Self]) -> Result<Self> {
+        let Some(first) = parts.first() else {
+            return Err(Error::invalid("text states", "expected at least one"));
+        };
+        let join = |of: &dyn Fn(&Self) -> Option<Tensor>| -> Result<Option<Tensor>> {
+            let all: Vec<Tensor> = parts.iter().filter_map(|p| of(p)).collect();
+            Ok(if all.is_empty() { None } else { Some(Tensor::cat(&all, 0)?) })
+        };
+        let source = |i: usize| -> Result<KeyValue> {
+            let k = join(&|p| p.sources.get(i).map(|s| s.0.clone()))?;
+            let v = join(&|p| p.sources.get(i).map(|s| s.1.clone()))?;
+            k.zip(v).ok_or_else(|| Error::invalid("text states", "of different U-Nets"))
+        };
+        let sources = (0..first.sources.len()).map(source).collect::<Result<_>>()?;
+        let added = join(&|p| p.added.clone())?;
+        Ok(Self { sources, added, dtype: first.dtype })
+    }
+
+    /// Bytes of the values.
+    pub fn bytes(&self) -> usize {
+        let size = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
+        let sources = self.sources.iter().map(|(k, v)| size(k) + size(v));
+        sources.sum::<usize>() + self.added.as_ref().map_or(0, size)
     }
 }
 
@@ -131,11 +173,61 @@ impl UNet {
         &self.config
     }
 
-    /// Noise (or v) prediction.
+    /// Residual blocks and transformers in the order of the forward pass.
+    fn blocks(&self) -> impl Iterator<Item = BlockRef<'_>> {
+        let down = self.down.iter().flat_map(DownLevel::blocks);
+        let mid = self.mid.iter().flat_map(MidLevel::blocks);
+        down.chain(mid).chain(self.up.iter().flat_map(UpLevel::blocks))
+    }
+
+    /// What depends on text and size alone. `context` [B, T, D]; `pooled` [B, P] and
+    /// `time_ids` [B, 6] f32 (original height and width, crop top and left, target height and
+    /// width) feed the added embedding. Rows do not influence each other.
     ///
-    /// `x` [B, C, h, w]; `timesteps` [B] f32; `context` [B, T, D]; `pooled`
-    /// [B, P] and `time_ids` [B, 6] f32 (original height and width, crop top
-    /// and left, target height and width) feed the added embedding.
+    /// # Errors
+    /// When a shape does not fit the configuration.
+    pub fn encode_text(
+        &self,
+        context: &Tensor,
+        pooled: &Tensor,
+        time_ids: &Tensor,
+    ) -> Result<TextStates> {
+        let (batch, dtype) = (context.dim(0)?, context.dtype());
+        self.check("context width", context.dim(2)?, self.config.cross_attention_dim)?;
+        let mut added = None;
+        if let (Some(addition), Some(dim)) = (&self.addition, self.config.addition_time_embed_dim) {
+            let (flip, shift) = (self.config.flip_sin_to_cos, self.config.freq_shift);
+            let sizes = sinusoidal(&time_ids.flatten_all()?, dim, flip, shift)?;
+            let sizes = sizes.reshape((batch, ()))?.to_dtype(dtype)?;
+            let joined = Tensor::cat(&[&pooled.to_dtype(dtype)?, &sizes], 1)?;
+            let expected = self.config.projection_class_embeddings_input_dim.unwrap_or(0);
+            self.check("pooled text and time_ids width", joined.dim(1)?, expected)?;
+            added = Some(addition.forward(&joined)?);
+        }
+        let transformers = self.blocks().filter_map(|(_, transformer)| transformer);
+        let sources = transformers.flat_map(|t| t.sources(context)).collect::<Result<_>>()?;
+        Ok(TextStates { sources, added, dtype })
+    }
+
+    /// The residual blocks' shifts, [B, C] each, at `timesteps` [B] f32.
+    ///
+    /// # Errors
+    /// When the batches differ.
+    pub fn encode_time(&self, timesteps: &Tensor, text: &TextStates) -> Result<Vec<Tensor>> {
+        let (flip, shift) = (self.config.flip_sin_to_cos, self.config.freq_shift);
+        let angles = sinusoidal(timesteps, self.config.block_out_channels[0], flip, shift)?;
+        let mut time = self.time.forward(&angles.to_dtype(text.dtype)?)?;
+        if let Some(added) = &text.added {
+            self.check("timesteps", timesteps.elem_count(), added.dim(0)?)?;
+            time = (time + added)?;
+        }
+        let time = Activation::Silu.forward(&time)?;
+        let projections = self.blocks().filter_map(|(resnet, _)| resnet.time_projection());
+        Ok(projections.map(|p| p.forward(&time)).collect::<candle_core::Result<_>>()?)
+    }
+
+    /// Noise (or v) prediction of `x` [B, C, h, w]; the other arguments as for
+    /// [`UNet::encode_text`] and [`UNet::encode_time`].
     ///
     /// # Errors
     /// When a shape does not fit the configuration.
@@ -147,35 +239,40 @@ impl UNet {
         pooled: &Tensor,
         time_ids: &Tensor,
     ) -> Result<Tensor> {
+        self.check("timesteps", timesteps.elem_count(), x.dim(0)?)?;
+        let text = self.encode_text(context, pooled, time_ids)?;
+        self.forward_encoded(x, &text, &self.encode_time(timesteps, &text)?)
+    }
+
+    /// The prediction from what [`UNet::encode_text`] and [`UNet::encode_time`] gave: the same
+    /// bits as [`UNet::forward`].
+    ///
+    /// # Errors
+    /// When a shape does not fit the configuration.
+    pub fn forward_encoded(
+        &self,
+        x: &Tensor,
+        text: &TextStates,
+        shifts: &[Tensor],
+    ) -> Result<Tensor> {
         let (batch, channels, _, _) = x.dims4()?;
         self.check("latents channels", channels, self.config.in_channels)?;
-        self.check("timesteps", timesteps.elem_count(), batch)?;
-        self.check("context batch", context.dim(0)?, batch)?;
-        self.check("context width", context.dim(2)?, self.config.cross_attention_dim)?;
-        let (flip, shift) = (self.config.flip_sin_to_cos, self.config.freq_shift);
-        let angles = sinusoidal(timesteps, self.config.block_out_channels[0], flip, shift)?;
-        let mut time = self.time.forward(&angles.to_dtype(x.dtype())?)?;
-        if let (Some(addition), Some(dim)) = (&self.addition, self.config.addition_time_embed_dim) {
-            let sizes = sinusoidal(&time_ids.flatten_all()?, dim, flip, shift)?;
-            let sizes = sizes.reshape((batch, ()))?.to_dtype(x.dtype())?;
-            let joined = Tensor::cat(&[&pooled.to_dtype(x.dtype())?, &sizes], 1)?;
-            let expected = self.config.projection_class_embeddings_input_dim.unwrap_or(0);
-            self.check("pooled text and time_ids width", joined.dim(1)?, expected)?;
-            time = (time + addition.forward(&joined)?)?;
+        if let Some((k, _)) = text.sources.first() {
+            self.check("context batch", k.dim(0)?, batch)?;
         }
-        let time = activate_time(&time)?;
-        let mut h = self.conv_in.forward(x)?;
+        let mut conditions = Conditions { shifts: shifts.iter(), text: text.sources.iter() };
+        let mut h = self.conv_in.forward(&to_pixels(x)?)?;
         let mut skips = vec![h.clone()];
         for level in &self.down {
-            h = level.forward(&h, &time, context, &mut skips)?;
+            h = level.forward(&h, &mut conditions, &mut skips)?;
         }
         if let Some(mid) = &self.mid {
-            h = mid.forward(&h, &time, context)?;
+            h = mid.forward(&h, &mut conditions)?;
         }
         for level in &self.up {
-            h = level.forward(&h, &time, context, &mut skips)?;
+            h = level.forward(&h, &mut conditions, &mut skips)?;
         }
-        Ok(self.conv_out.forward(&self.norm_out.forward_silu(&h)?)?)
+        to_planes(&self.conv_out.forward(&self.norm_out.forward_silu(&h)?)?)
     }
 
     fn check(&self, what: &str, got: usize, expected: usize) -> Result<()> {

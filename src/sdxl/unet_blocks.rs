@@ -1,59 +1,29 @@
-//! The U-Net's residual blocks and its down, middle and up levels.
+//! The U-Net's down, middle and up levels. Their forward passes take what depends on time and
+//! text alone from [`Conditions`], in the order in which [`DownLevel::blocks`] and its like
+//! list the blocks.
 
 use candle_core::Tensor;
 
-use super::transformer::{Transformer2D, TransformerShape};
+use super::resnet::ResnetBlock;
+use super::transformer::{KeyValue, Transformer2D, TransformerShape};
 use super::weights::Scope;
-use crate::Result;
-use crate::nn::{Activation, Conv2d, GroupNorm, Linear, resample};
+use crate::nn::Conv2d;
+use crate::{Error, Result};
 
-/// diffusers' `ResnetBlock2D`, with the time embedding (U-Net) or without (VAE).
-#[derive(Clone, Debug)]
-pub struct ResnetBlock {
-    norm1: GroupNorm,
-    conv1: Conv2d,
-    time: Option<Linear>,
-    norm2: GroupNorm,
-    conv2: Conv2d,
-    shortcut: Option<Conv2d>,
+/// A residual block and the transformer after it.
+pub type BlockRef<'a> = (&'a ResnetBlock, Option<&'a Transformer2D>);
+
+/// What the blocks still to come take from time and text.
+pub struct Conditions<'a> {
+    /// The residual blocks' shifts, [B, C] each.
+    pub shifts: std::slice::Iter<'a, Tensor>,
+    /// The cross-attentions' keys and values.
+    pub text: std::slice::Iter<'a, KeyValue>,
 }
 
-impl ResnetBlock {
-    pub fn load(
-        scope: &Scope,
-        (input, output): (usize, usize),
-        time: Option<usize>,
-        groups: usize,
-        eps: f64,
-    ) -> Result<Self> {
-        let shortcut = if input == output {
-            None
-        } else {
-            Some(scope.at("conv_shortcut").conv(input, output, 1, 1, 0)?)
-        };
-        Ok(Self {
-            norm1: scope.at("norm1").group_norm(groups, input, eps)?,
-            conv1: scope.at("conv1").conv(input, output, 3, 1, 1)?,
-            time: time.map(|t| scope.at("time_emb_proj").linear(t, output)).transpose()?,
-            norm2: scope.at("norm2").group_norm(groups, output, eps)?,
-            conv2: scope.at("conv2").conv(output, output, 3, 1, 1)?,
-            shortcut,
-        })
-    }
-
-    /// `x` [B, in, H, W]; `time` [B, T], already through its SiLU.
-    pub fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
-        let mut h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        if let (Some(projection), Some(time)) = (&self.time, time) {
-            let shift = projection.forward(time)?;
-            let (batch, channels) = shift.dims2()?;
-            h = h.broadcast_add(&shift.reshape((batch, channels, 1, 1))?)?;
-        }
-        let h = self.conv2.forward(&self.norm2.forward_silu(&h)?)?;
-        match &self.shortcut {
-            Some(conv) => Ok((conv.forward(x)? + h)?),
-            None => Ok((x + h)?),
-        }
+impl<'a> Conditions<'a> {
+    fn shift(&mut self) -> Result<&'a Tensor> {
+        self.shifts.next().ok_or_else(|| Error::Weights("U-Net: a time shift is missing".into()))
     }
 }
 
@@ -97,10 +67,14 @@ impl Layer {
         })
     }
 
-    fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let x = self.resnet.forward(x, Some(time))?;
+    fn block(&self) -> BlockRef<'_> {
+        (&self.resnet, self.attention.as_ref())
+    }
+
+    fn forward(&self, x: &Tensor, conditions: &mut Conditions) -> Result<Tensor> {
+        let x = self.resnet.forward(x, Some(conditions.shift()?))?;
         match &self.attention {
-            Some(attention) => attention.forward(&x, context),
+            Some(attention) => attention.forward(&x, &mut conditions.text),
             None => Ok(x),
         }
     }
@@ -141,17 +115,20 @@ impl DownLevel {
         Ok(Self { layers, downsample })
     }
 
+    pub fn blocks(&self) -> impl Iterator<Item = BlockRef<'_>> {
+        self.layers.iter().map(Layer::block)
+    }
+
     /// Pushes every intermediate state onto `skips`.
     pub fn forward(
         &self,
         x: &Tensor,
-        time: &Tensor,
-        context: &Tensor,
+        conditions: &mut Conditions,
         skips: &mut Vec<Tensor>,
     ) -> Result<Tensor> {
         let mut x = x.clone();
         for layer in &self.layers {
-            x = layer.forward(&x, time, context)?;
+            x = layer.forward(&x, conditions)?;
             skips.push(x.clone());
         }
         if let Some(conv) = &self.downsample {
@@ -189,9 +166,14 @@ impl MidLevel {
         Ok(Self { resnets: [resnet(0)?, resnet(1)?], transformer })
     }
 
-    pub fn forward(&self, x: &Tensor, time: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let x = self.resnets[0].forward(x, Some(time))?;
-        self.resnets[1].forward(&self.transformer.forward(&x, context)?, Some(time))
+    pub fn blocks(&self) -> [BlockRef<'_>; 2] {
+        [(&self.resnets[0], Some(&self.transformer)), (&self.resnets[1], None)]
+    }
+
+    pub fn forward(&self, x: &Tensor, conditions: &mut Conditions) -> Result<Tensor> {
+        let x = self.resnets[0].forward(x, Some(conditions.shift()?))?;
+        let x = self.transformer.forward(&x, &mut conditions.text)?;
+        self.resnets[1].forward(&x, Some(conditions.shift()?))
     }
 }
 
@@ -228,35 +210,33 @@ impl UpLevel {
         Ok(Self { layers, upsample })
     }
 
+    pub fn blocks(&self) -> impl Iterator<Item = BlockRef<'_>> {
+        self.layers.iter().map(Layer::block)
+    }
+
     /// Pops its states off `skips`; grows to the size of the next one, so that
     /// odd sizes come back as they went in.
     pub fn forward(
         &self,
         x: &Tensor,
-        time: &Tensor,
-        context: &Tensor,
+        conditions: &mut Conditions,
         skips: &mut Vec<Tensor>,
     ) -> Result<Tensor> {
         let mut x = x.clone();
         for layer in &self.layers {
             let Some(skip) = skips.pop() else {
-                return Err(crate::Error::Weights("U-Net: more up layers than down states".into()));
+                return Err(Error::Weights("U-Net: more up layers than down states".into()));
             };
-            x = layer.forward(&Tensor::cat(&[&x, &skip], 1)?.contiguous()?, time, context)?;
+            x = layer.forward(&Tensor::cat(&[&x, &skip], 3)?, conditions)?;
         }
         if let Some(conv) = &self.upsample {
-            let (_, _, h, w) = x.dims4()?;
-            let (height, width) = match skips.last() {
-                Some(next) => (next.dim(2)?, next.dim(3)?),
+            let (_, h, w, _) = x.dims4()?;
+            let size = match skips.last() {
+                Some(next) => (next.dim(1)?, next.dim(2)?),
                 None => (2 * h, 2 * w),
             };
-            x = conv.forward(&resample::nearest(&x, height, width)?)?;
+            x = conv.forward_enlarged(&x, size)?;
         }
         Ok(x)
     }
-}
-
-/// SiLU of the time embedding, shared by all residual blocks.
-pub fn activate_time(time: &Tensor) -> Result<Tensor> {
-    Ok(Activation::Silu.forward(time)?)
 }

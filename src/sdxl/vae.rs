@@ -1,12 +1,14 @@
 //! `AutoencoderKL`: images to latents and back.
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 
 use super::config::VaeConfig;
-use super::unet_blocks::ResnetBlock;
+use super::layout::{to_pixels, to_planes};
+use super::resnet::ResnetBlock;
 use super::weights::Scope;
 use crate::Result;
-use crate::nn::{Conv2d, GroupNorm, Linear, attention, resample};
+use crate::nn::conv::Padding;
+use crate::nn::{Conv2d, GroupNorm, Linear, attention};
 
 const EPS: f64 = 1e-6;
 
@@ -36,13 +38,11 @@ impl VaeAttention {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (batch, channels, height, width) = x.dims4()?;
-        let h = self.norm.forward(x)?.reshape((batch, channels, height * width))?;
-        let h = h.transpose(1, 2)?.contiguous()?;
+        let tokens = x.flatten(1, 2)?;
+        let h = self.norm.forward(&tokens)?;
         let [q, k, v] = [0, 1, 2].map(|i| self.qkv[i].forward(&h));
-        let h = self.out.forward(&attention(&q?, &k?, &v?, 1, None)?)?;
-        let h = h.transpose(1, 2)?.contiguous()?.reshape((batch, channels, height, width))?;
-        Ok((h + x)?)
+        let h = self.out.forward_onto(&attention(&q?, &k?, &v?, 1, None)?, &tokens)?;
+        Ok(h.reshape(x.shape())?)
     }
 }
 
@@ -109,7 +109,9 @@ impl Encoder {
                 let resample = if level + 1 == channels.len() {
                     None
                 } else {
-                    Some(scope.at("downsamplers.0.conv").conv(to, to, 3, 2, 0)?)
+                    // diffusers pads only the right and the bottom here.
+                    let padding = Padding { before: 0, after: 1 };
+                    Some(scope.at("downsamplers.0.conv").conv(to, to, 3, 2, padding)?)
                 };
                 Ok(Level {
                     resnets: resnets(&scope, config.layers_per_block, (from, to), groups)?,
@@ -139,12 +141,7 @@ impl Encoder {
                 h = resnet.forward(&h, None)?;
             }
             if let Some(conv) = &level.resample {
-                // diffusers pads only the right and the bottom here.
-                h = conv.forward(&h.pad_with_zeros(D::Minus1, 0, 1)?.pad_with_zeros(
-                    D::Minus2,
-                    0,
-                    1,
-                )?)?;
+                h = conv.forward(&h)?;
             }
         }
         h = self.conv_out.forward(&self.norm_out.forward_silu(&self.mid.forward(&h)?)?)?;
@@ -212,8 +209,8 @@ impl Decoder {
                 h = resnet.forward(&h, None)?;
             }
             if let Some(conv) = &level.resample {
-                let (_, _, height, width) = h.dims4()?;
-                h = conv.forward(&resample::nearest(&h, 2 * height, 2 * width)?)?;
+                let (_, height, width, _) = h.dims4()?;
+                h = conv.forward_enlarged(&h, (2 * height, 2 * width))?;
             }
         }
         Ok(self.conv_out.forward(&self.norm_out.forward_silu(&h)?)?)
@@ -273,7 +270,7 @@ impl Vae {
 
     /// Images [B, 3, H, W] in [-1, 1] → posterior over unscaled latents.
     pub fn encode(&self, images: &Tensor) -> Result<Posterior> {
-        let moments = self.encoder.forward(images)?;
+        let moments = to_planes(&self.encoder.forward(&to_pixels(images)?)?)?;
         let channels = self.config.latent_channels;
         let mean = moments.narrow(1, 0, channels)?.contiguous()?;
         let log_variance =
@@ -290,6 +287,6 @@ impl Vae {
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         let z =
             ((latents / self.config.scaling_factor)? + self.config.shift_factor.unwrap_or(0.0))?;
-        self.decoder.forward(&z)
+        to_planes(&self.decoder.forward(&to_pixels(&z)?)?)
     }
 }

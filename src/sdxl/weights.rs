@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::config::read_json;
 use super::lora::LoraMap;
+use crate::nn::conv::Padding;
 use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, LowRank};
 use crate::util::write_atomic;
 use crate::{Error, Result};
@@ -216,38 +217,28 @@ impl Scope {
     }
 
     pub fn linear(&self, input: usize, output: usize) -> Result<Linear> {
-        Ok(Linear {
-            bias: Some(self.tensor("bias", &[output])?),
-            ..self.linear_no_bias(input, output)?
-        })
+        let shape = [output, input];
+        let (weight, bias) = (self.tensor("weight", &shape)?, self.tensor("bias", &[output])?);
+        Ok(Linear::new(weight, Some(bias), self.low_rank(&shape)))
     }
 
     pub fn linear_no_bias(&self, input: usize, output: usize) -> Result<Linear> {
         let shape = [output, input];
-        Ok(Linear {
-            weight: self.tensor("weight", &shape)?,
-            bias: None,
-            adapter: self.low_rank(&shape),
-        })
+        Ok(Linear::new(self.tensor("weight", &shape)?, None, self.low_rank(&shape)))
     }
 
-    /// A square convolution; `padding` is symmetric.
+    /// A square convolution.
     pub fn conv(
         &self,
         input: usize,
         output: usize,
         kernel: usize,
         stride: usize,
-        padding: usize,
+        padding: impl Into<Padding>,
     ) -> Result<Conv2d> {
         let shape = [output, input, kernel, kernel];
-        Ok(Conv2d {
-            weight: self.tensor("weight", &shape)?,
-            bias: Some(self.tensor("bias", &[output])?),
-            stride,
-            padding,
-            adapter: self.low_rank(&shape),
-        })
+        let (weight, bias) = (self.tensor("weight", &shape)?, self.tensor("bias", &[output])?);
+        Ok(Conv2d::new(weight, Some(bias), stride, padding, self.low_rank(&shape)))
     }
 
     pub fn group_norm(&self, groups: usize, channels: usize, eps: f64) -> Result<GroupNorm> {

@@ -1,1 +1,3 @@
-//! train
+//! Fine-tuning.
+
+pub mod optimizer;

@@ -1,0 +1,150 @@
+//! Backward passes for what the kernels compute.
+
+use std::cell::Cell;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, WithDType,
+    bail,
+};
+
+thread_local! {
+    static OFF: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `f` without recording a graph for the layers of this floor that it calls on this
+/// thread, whatever their weights: their outputs are constants.
+pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            OFF.set(self.0);
+        }
+    }
+    let _restore = Restore(OFF.replace(true));
+    f()
+}
+
+/// Whether gradients of this tensor are wanted.
+pub fn wanted(x: &Tensor) -> bool {
+    x.track_op() && !OFF.get()
+}
+
+/// The gradients of some inputs, in their order.
+type Backward = dyn Fn(&Tensor) -> Result<Vec<Tensor>> + Send + Sync;
+
+/// A tensor of `values`, whose gradient `backward` (given a contiguous tensor of `shape`)
+/// turns into the gradients of `inputs`: exactly of those that [`wanted`] names, in order.
+///
+/// candle's custom operations take at most three inputs, so more are chained: every link
+/// hands the gradient on to the one before.
+pub fn attach<T: WithDType>(
+    values: Vec<T>,
+    shape: impl Into<Shape>,
+    inputs: &[&Tensor],
+    backward: impl Fn(&Tensor) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let shape = shape.into();
+    let inputs: Vec<&Tensor> = inputs.iter().copied().filter(|x| wanted(x)).collect();
+    if inputs.is_empty() {
+        return Tensor::from_vec(values, shape, &Device::Cpu);
+    }
+    let shared = Arc::new(Shared { backward: Box::new(backward), rest: Mutex::default() });
+    let mut values = Some(T::to_cpu_storage_owned(values));
+    // The first link takes up to three inputs, each further one the link before and two more.
+    let mut links = vec![inputs[..inputs.len().min(3)].to_vec()];
+    links.extend(inputs[inputs.len().min(3)..].chunks(2).map(<[_]>::to_vec));
+    let (count, mut before): (usize, Option<Tensor>) = (links.len(), None);
+    for (i, own) in links.into_iter().enumerate() {
+        // Only the last link's values are ever looked at.
+        let storage = if i + 1 == count { values.take() } else { None };
+        let link = Link {
+            output: Mutex::new(Some((
+                storage.unwrap_or_else(|| T::to_cpu_storage_owned(Vec::new())),
+                shape.clone(),
+            ))),
+            shared: shared.clone(),
+            own: own.len(),
+            first: i == 0,
+            last: i + 1 == count,
+        };
+        let mut all: Vec<&Tensor> = before.iter().collect();
+        all.extend(own);
+        before = Some(match all.as_slice() {
+            [a] => a.apply_op1(link)?,
+            [a, b] => a.apply_op2(b, link)?,
+            [a, b, c] => a.apply_op3(b, c, link)?,
+            _ => bail!("an operation of {} inputs", all.len()),
+        });
+    }
+    before.map_or_else(|| bail!("an operation without inputs"), Ok)
+}
+
+struct Shared {
+    backward: Box<Backward>,
+    /// Gradients that earlier links still have to hand out.
+    rest: Mutex<Vec<Tensor>>,
+}
+
+/// One custom operation of candle's graph.
+struct Link {
+    output: Mutex<Option<(CpuStorage, Shape)>>,
+    shared: Arc<Shared>,
+    /// Inputs other than the link before.
+    own: usize,
+    first: bool,
+    last: bool,
+}
+
+impl Link {
+    fn forward(&self) -> Result<(CpuStorage, Shape)> {
+        let output = self.output.lock().unwrap_or_else(PoisonError::into_inner).take();
+        output.map_or_else(|| bail!("an operation runs once"), Ok)
+    }
+
+    /// Gradients of the link before (if any) and of this link's own inputs.
+    fn gradients(&self, gradient: &Tensor) -> Result<[Option<Tensor>; 3]> {
+        let mut rest = self.shared.rest.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.last {
+            *rest = (self.shared.backward)(&gradient.contiguous()?)?;
+        }
+        if rest.len() < self.own {
+            bail!("a backward pass gave {} gradients, expected {}", rest.len(), self.own);
+        }
+        let at = rest.len() - self.own;
+        let mut own = rest.split_off(at).into_iter().map(Some);
+        let mut next = || own.next().flatten();
+        if self.first {
+            Ok([next(), next(), next()])
+        } else {
+            Ok([Some(gradient.clone()), next(), next()])
+        }
+    }
+}
+
+macro_rules! custom_op {
+    ($trait:ident, $result:ty, $pick:expr, $($storage:ident $layout:ident),*; $($arg:ident),*) => {
+        impl $trait for Link {
+            fn name(&self) -> &'static str {
+                "layer"
+            }
+
+            fn cpu_fwd(&self, $($storage: &CpuStorage, $layout: &Layout),*) -> Result<(CpuStorage, Shape)> {
+                self.forward()
+            }
+
+            fn bwd(&self, $($arg: &Tensor,)* _res: &Tensor, gradient: &Tensor) -> Result<$result> {
+                let pick: fn([Option<Tensor>; 3]) -> $result = $pick;
+                self.gradients(gradient).map(pick)
+            }
+        }
+    };
+}
+custom_op!(CustomOp1, Option<Tensor>, |[a, _, _]| a, _s1 _l1; _a1);
+custom_op!(CustomOp2, (Option<Tensor>, Option<Tensor>), |[a, b, _]| (a, b), _s1 _l1, _s2 _l2; _a1, _a2);
+custom_op!(
+    CustomOp3,
+    (Option<Tensor>, Option<Tensor>, Option<Tensor>),
+    |[a, b, c]| (a, b, c),
+    _s1 _l1, _s2 _l2, _s3 _l3; _a1, _a2, _a3
+);

@@ -1,0 +1,356 @@
+//! What linear layers and convolutions share: one operation with bias, low-rank adapter,
+//! time shift and residual, its backward, and the packed form of weights that stay.
+
+use std::any::Any;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{Device, Result, Shape, Tensor, bail};
+
+use super::affine::{Map, column_sums};
+use super::autograd::{attach, wanted};
+use super::gemm::{Finish, Packed, Plain, Rows, product};
+use super::kernel::{Real, View, uninitialised};
+
+/// A low-rank update (LoRA, arXiv 2106.09685): `W' = W + scale · up · down`,
+/// `scale = alpha / rank`.
+#[derive(Clone, Debug)]
+pub struct LowRank {
+    /// [rank, in], or [rank, in, kh, kw] for a convolution.
+    pub down: Tensor,
+    /// [out, rank], or [out, rank, 1, 1].
+    pub up: Tensor,
+    pub scale: f64,
+}
+
+/// What is added to the outputs of a layer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Added<'a> {
+    /// [images, out]: to every row of an image.
+    pub shift: Option<&'a Tensor>,
+    /// The output's shape.
+    pub residual: Option<&'a Tensor>,
+}
+
+/// A layer's weights.
+#[derive(Clone, Copy)]
+pub(super) struct Weights<'a> {
+    pub weight: &'a Tensor,
+    pub bias: Option<&'a Tensor>,
+    pub adapter: Option<&'a LowRank>,
+    pub packed: &'a PackedWeight,
+}
+
+/// A weight, with its adapter merged in, in the form that products are fastest with. Made by
+/// the first call that needs no gradients, and shared by clones of the layer.
+///
+/// Only weights without gradient tracking are packed, and they are taken never to change.
+#[derive(Clone, Debug, Default)]
+pub struct PackedWeight(Arc<OnceLock<Option<Held>>>);
+
+#[derive(Debug)]
+struct Held {
+    packed: Box<dyn Any + Send + Sync>,
+    bytes: usize,
+}
+
+/// Bytes of packed weights in this process.
+static HELD: AtomicUsize = AtomicUsize::new(0);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        HELD.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// Most bytes of packed weights in this process: `DS_PACKED_MIB`, or 4 GiB. Layers beyond it
+/// work from their plain weights, a little slower.
+fn limit() -> usize {
+    static LIMIT: OnceLock<usize> = OnceLock::new();
+    *LIMIT.get_or_init(|| {
+        let mib = std::env::var("DS_PACKED_MIB").ok().and_then(|v| v.parse::<usize>().ok());
+        mib.unwrap_or(4096) << 20
+    })
+}
+
+impl PackedWeight {
+    fn get<T: Real>(&self) -> Option<&Packed<T>> {
+        self.0.get()?.as_ref()?.packed.downcast_ref()
+    }
+
+    /// The packed weight, made now if it may be.
+    fn make<T: Real>(&self, map: &Map, layer: &Weights) -> Result<Option<&Packed<T>>> {
+        if self.0.get().is_none() && !layer.weight.track_op() {
+            let made = pack::<T>(map, layer)?;
+            let bytes = made.bytes();
+            let fits = HELD.fetch_add(bytes, Ordering::Relaxed) + bytes <= limit();
+            let held = Held { packed: Box::new(made), bytes };
+            // Another thread may have been first.
+            drop(self.0.set(fits.then_some(held)));
+        }
+        Ok(self.get())
+    }
+}
+
+fn pack<T: Real>(map: &Map, layer: &Weights) -> Result<Packed<T>> {
+    let weight = layer.weight.contiguous()?;
+    let weight = View::<T>::of(&weight)?;
+    let Some(adapter) = layer.adapter.filter(|a| a.is_constant()) else {
+        return Ok(map.pack(&weight));
+    };
+    let adapter = Factors::of(adapter)?;
+    let (down, up) = (View::<T>::of(&adapter.down)?, View::<T>::of(&adapter.up)?);
+    let up: Vec<T> = up.iter().map(|v| *v * T::from_f64(adapter.scale)).collect();
+    let left = Rows { data: &up, stride: adapter.rank };
+    let right = Plain { data: &down, stride: map.inner, columns: map.inner };
+    let mut merged = weight.to_vec();
+    let sizes = (map.outer, map.inner, adapter.rank);
+    product(sizes, &left, &right, &mut merged, true, &Finish::default());
+    Ok(map.pack(&merged))
+}
+
+impl LowRank {
+    /// Neither matrix is being trained.
+    fn is_constant(&self) -> bool {
+        !self.down.track_op() && !self.up.track_op()
+    }
+}
+
+/// An adapter's matrices, contiguous.
+#[derive(Clone)]
+struct Factors {
+    down: Tensor,
+    up: Tensor,
+    scale: f64,
+    rank: usize,
+}
+
+impl Factors {
+    fn of(adapter: &LowRank) -> Result<Self> {
+        Ok(Self {
+            down: adapter.down.contiguous()?,
+            up: adapter.up.contiguous()?,
+            scale: adapter.scale,
+            rank: adapter.down.dim(0)?,
+        })
+    }
+}
+
+/// `W ∗ x + scale · up · (down ∗ x) + bias + shift + residual`, of shape `shape`.
+pub(super) fn apply<T: Real>(
+    map: Map,
+    x: &Tensor,
+    layer: Weights,
+    added: Added,
+    shape: impl Into<Shape>,
+) -> Result<Tensor> {
+    let contiguous = |x: Option<&Tensor>| x.map(Tensor::contiguous).transpose();
+    let operands = Operands {
+        map,
+        x: x.contiguous()?,
+        weight: layer.weight.contiguous()?,
+        bias: contiguous(layer.bias)?,
+        adapter: layer.adapter.map(Factors::of).transpose()?,
+        shift: contiguous(added.shift)?,
+        residual: contiguous(added.residual)?,
+    };
+    operands.check()?;
+    let packed = if operands.all().any(wanted) {
+        layer.packed.get::<T>()
+    } else {
+        layer.packed.make::<T>(&map, &layer)?
+    };
+    let merged = packed.is_some() && layer.adapter.is_none_or(LowRank::is_constant);
+    let (y, low) = operands.forward::<T>(packed, merged)?;
+    let backward = Gradients::of(&operands, low);
+    let inputs: Vec<Tensor> = operands.all().cloned().collect();
+    drop(operands);
+    attach(y, shape, &inputs.iter().collect::<Vec<_>>(), move |dy| backward.all(dy))
+}
+
+fn view<T: Real>(x: &Option<Tensor>) -> Result<Option<View<'_, T>>> {
+    x.as_ref().map(View::of).transpose()
+}
+
+struct Operands {
+    map: Map,
+    x: Tensor,
+    weight: Tensor,
+    bias: Option<Tensor>,
+    adapter: Option<Factors>,
+    shift: Option<Tensor>,
+    residual: Option<Tensor>,
+}
+
+impl Operands {
+    /// In the order of their gradients.
+    fn all(&self) -> impl Iterator<Item = &Tensor> {
+        let adapter = self.adapter.iter().flat_map(|a| [&a.down, &a.up]);
+        [Some(&self.x), Some(&self.weight), self.bias.as_ref()]
+            .into_iter()
+            .flatten()
+            .chain(adapter)
+            .chain(self.shift.as_ref())
+            .chain(self.residual.as_ref())
+    }
+
+    fn check(&self) -> Result<()> {
+        let map = &self.map;
+        let sizes = [
+            ("input", Some(&self.x), map.input()),
+            ("weight", Some(&self.weight), map.outer * map.inner),
+            ("bias", self.bias.as_ref(), map.outer),
+            ("residual", self.residual.as_ref(), map.rows * map.outer),
+        ];
+        for (what, tensor, expected) in sizes {
+            if let Some(tensor) = tensor
+                && tensor.elem_count() != expected
+            {
+                bail!("layer of {} to {}: {what} {:?}", map.inner, map.outer, tensor.dims());
+            }
+        }
+        if let Some(a) = &self.adapter
+            && (a.down.elem_count() != a.rank * map.inner || a.up.elem_count() != a.rank * map.outer)
+        {
+            bail!("adapter {:?} and {:?} on {} to {}", a.down, a.up, map.inner, map.outer);
+        }
+        if let Some(shift) = &self.shift {
+            let images = shift.dim(0)?;
+            if images == 0 || !map.rows.is_multiple_of(images) || shift.dims() != [images, map.outer]
+            {
+                bail!("layer of {} outputs: shift {:?}", map.outer, shift.dims());
+            }
+        }
+        Ok(())
+    }
+
+    /// The output, and the scaled output of the adapter's first matrix.
+    fn forward<T: Real>(
+        &self,
+        packed: Option<&Packed<T>>,
+        merged: bool,
+    ) -> Result<(Vec<T>, Option<Vec<T>>)> {
+        let map = &self.map;
+        let (x, weight) = (View::<T>::of(&self.x)?, View::<T>::of(&self.weight)?);
+        let (bias, shift, residual) = (view(&self.bias)?, view(&self.shift)?, view(&self.residual)?);
+        let finish = Finish {
+            bias: bias.as_deref(),
+            shift: shift.as_deref().map(|s| (s, map.rows * map.outer / s.len().max(1))),
+            residual: residual.as_deref(),
+        };
+        let mut y = uninitialised(map.rows * map.outer);
+        let mut low = None;
+        if let Some(adapter) = self.adapter.as_ref().filter(|_| !merged) {
+            let (down, up) = (View::<T>::of(&adapter.down)?, View::<T>::of(&adapter.up)?);
+            let nothing = Finish::default();
+            let mut scaled = uninitialised(map.rows * adapter.rank);
+            map.with_outer(adapter.rank).forward(&x, &down, None, &mut scaled, false, &nothing);
+            let scale = T::from_f64(adapter.scale);
+            scaled.iter_mut().for_each(|v| *v *= scale);
+            let second = Map::rows(map.rows, adapter.rank, map.outer);
+            second.forward(&scaled, &up, None, &mut y, false, &nothing);
+            low = Some(scaled);
+        }
+        map.forward(&x, &weight, packed, &mut y, low.is_some(), &finish);
+        Ok((y, low))
+    }
+}
+
+/// What the backward pass needs, and which gradients are wanted.
+struct Gradients<T> {
+    map: Map,
+    /// Kept when a weight's gradient needs it.
+    x: Option<Tensor>,
+    input: Option<Shape>,
+    weight: Tensor,
+    weight_wanted: bool,
+    bias: bool,
+    adapter: Option<Factors>,
+    down: bool,
+    up: bool,
+    /// The scaled output of the adapter's first matrix.
+    low: Option<Vec<T>>,
+    /// Images.
+    shift: Option<usize>,
+    residual: Option<Shape>,
+}
+
+impl<T: Real> Gradients<T> {
+    fn of(o: &Operands, low: Option<Vec<T>>) -> Self {
+        let (weight_wanted, adapter) = (wanted(&o.weight), o.adapter.as_ref());
+        let down = adapter.is_some_and(|a| wanted(&a.down));
+        let up = adapter.is_some_and(|a| wanted(&a.up));
+        let is_wanted = |x: &Option<Tensor>| x.as_ref().is_some_and(wanted);
+        Self {
+            map: o.map,
+            x: (weight_wanted || down).then(|| o.x.detach()),
+            input: wanted(&o.x).then(|| o.x.shape().clone()),
+            weight: o.weight.detach(),
+            weight_wanted,
+            bias: is_wanted(&o.bias),
+            adapter: adapter.map(|a| Factors {
+                down: a.down.detach(),
+                up: a.up.detach(),
+                ..a.clone()
+            }),
+            down,
+            up,
+            low: low.filter(|_| up),
+            shift: o.shift.as_ref().filter(|s| wanted(s)).map(|s| s.elem_count() / o.map.outer.max(1)),
+            residual: o.residual.as_ref().filter(|r| wanted(r)).map(|r| r.shape().clone()),
+        }
+    }
+
+    fn all(&self, gradient: &Tensor) -> Result<Vec<Tensor>> {
+        let map = &self.map;
+        let dy = View::<T>::of(gradient)?;
+        let tensor = |values: Vec<T>, shape: &Shape| Tensor::from_vec(values, shape, &Device::Cpu);
+        let x = self.x.as_ref().map(View::<T>::of).transpose()?;
+        let missing = || candle_core::Error::Msg("a layer's input was not kept".into());
+        let mut found = Vec::new();
+        // The gradient of the adapter's first product.
+        let mut dlow = None;
+        if let Some(a) = self.adapter.as_ref().filter(|_| self.input.is_some() || self.down) {
+            let up = View::<T>::of(&a.up)?;
+            let mut low = uninitialised(map.rows * a.rank);
+            Map::rows(map.rows, a.rank, map.outer).input_gradient(&dy, &up, &mut low, false);
+            let scale = T::from_f64(a.scale);
+            low.iter_mut().for_each(|v| *v *= scale);
+            dlow = Some((a, low, map.with_outer(a.rank)));
+        }
+        if let Some(shape) = &self.input {
+            let weight = View::<T>::of(&self.weight)?;
+            let mut dx = uninitialised(map.input());
+            map.input_gradient(&dy, &weight, &mut dx, false);
+            if let Some((a, low, first)) = &dlow {
+                first.input_gradient(low, &View::<T>::of(&a.down)?, &mut dx, true);
+            }
+            found.push(tensor(dx, shape)?);
+        }
+        if self.weight_wanted {
+            let dw = map.weight_gradient(x.as_deref().ok_or_else(missing)?, &dy);
+            found.push(tensor(dw, self.weight.shape())?);
+        }
+        if self.bias {
+            found.push(tensor(column_sums(&dy, map.outer), &Shape::from(map.outer))?);
+        }
+        if let Some((a, low, first)) = dlow.as_ref().filter(|_| self.down) {
+            let ddown = first.weight_gradient(x.as_deref().ok_or_else(missing)?, low);
+            found.push(tensor(ddown, a.down.shape())?);
+        }
+        if let Some(a) = self.adapter.as_ref().filter(|_| self.up) {
+            let second = Map::rows(map.rows, a.rank, map.outer);
+            let low = self.low.as_ref().ok_or_else(missing)?;
+            found.push(tensor(second.weight_gradient(low, &dy), a.up.shape())?);
+        }
+        if let Some(images) = self.shift {
+            let image = dy.len() / images.max(1);
+            let sums = dy.chunks(image.max(1)).flat_map(|rows| column_sums(rows, map.outer));
+            found.push(tensor(sums.collect(), &Shape::from((images, map.outer)))?);
+        }
+        if let Some(shape) = &self.residual {
+            found.push(gradient.reshape(shape)?);
+        }
+        Ok(found)
+    }
+}

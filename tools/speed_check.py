@@ -1,0 +1,91 @@
+"""Whether Rust and PyTorch compute the same on a checkpoint, for tools/compare_speed.py."""
+
+import multiprocessing
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import bench_torch_train
+from bench_timing import set_threads
+from bench_torch import Workload
+from bench_torch_train import TRAINING
+
+CHECK_STEPS, CHECK_GUIDANCE = 5, 5.0
+
+
+def facts(program, model, latent, threads, names):
+    """What there is to say of a checkpoint, and how far Rust's outputs are from PyTorch's.
+
+    Found out in a process of its own, so that its memory is free again and counts for nobody's peak.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=set_threads, initargs=(threads,)) as alone:
+        return alone.submit(_facts, program, model, latent, names).result()
+
+
+def _facts(program, model, latent, names):
+    workload = Workload(model, latent)
+    return {
+        "name": Path(model).resolve().name,
+        "latent": workload.latent,
+        "factor": workload.factor,
+        "tokens": workload.tokens,
+        "parameters": sum(p.numel() for p in workload.unet.parameters()),
+        "scheduler": type(workload.pipe.scheduler).__name__,
+        "versions": workload.versions | (bench_torch_train.versions() if TRAINING.keys() & set(names) else {}),
+        "flop": {name: workload.flop(name) for name in {"unet_forward_b1", *names}},
+        "errors": parity(program, model, workload),
+    }
+
+
+def relative_error(ours, theirs):
+    """|a - b| / |b| over the whole tensor."""
+    ours, theirs = ours.double(), theirs.double()
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def parity(program, model, workload):
+    """Relative errors of Rust's outputs on inputs that both sides get."""
+    from safetensors.torch import load_file, save_file
+
+    torch, batch = workload.torch, 2
+    x, timesteps, time_ids = workload.latents(batch), torch.tensor([801, 117]), workload.time_ids(batch)
+    ids = [row.repeat(batch, 1) for row in workload.ids]
+    ids[0][1, 1], ids[1][1, 1] = ids[0][1, 2], ids[1][1, 2]
+    h, w = (side * workload.factor for side in workload.latent)
+    image = torch.rand(batch, 3, h, w, generator=workload.generator) * 2 - 1
+    states = []
+    with torch.inference_mode():
+        context, pooled = workload.encode(ids)
+        cond = {"text_embeds": pooled, "time_ids": time_ids}
+        expected = {
+            "hidden_states": context,
+            "pooled": pooled,
+            "noise_pred": workload.unet(x, timesteps, encoder_hidden_states=context, added_cond_kwargs=cond).sample,
+            "decoded": workload.vae.decode(x / workload.vae.config.scaling_factor).sample,
+        }
+
+        def keep(_pipe, _step, _t, tensors):
+            states.append(tensors["latents"].clone())
+            return tensors
+
+        workload.sample(
+            context, pooled, x, CHECK_STEPS, CHECK_GUIDANCE, output_type="latent",
+            callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["latents"],
+        )
+        if len(states) > CHECK_STEPS:  # Heun: a call for each of two evaluations, one in the last step
+            states = states[1::2] + states[-1:]
+        expected["trajectory"] = torch.stack(states)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, outputs = f"{folder}/inputs.safetensors", f"{folder}/outputs.safetensors"
+        given = {"latents": x, "timesteps": timesteps, "time_ids": time_ids, "image": image,
+                 "input_ids": ids[0], "input_ids_2": ids[1]}
+        save_file({name: tensor.contiguous() for name, tensor in given.items()}, inputs)
+        subprocess.run(
+            [program, "parity", "--model", model, "--inputs", inputs, "--out", outputs,
+             "--steps", str(CHECK_STEPS), "--guidance", str(CHECK_GUIDANCE)],
+            check=True,
+        )
+        ours = load_file(outputs)
+    return {name: relative_error(ours[name], tensor) for name, tensor in expected.items()}
