@@ -1,246 +1,365 @@
-//! Every layer's backward against central differences in f64, and the layers'
-//! values across dtypes, layouts and batch sizes.
+//! Every layer's backward against five-point differences in f64.
 
 mod common;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{Device, Tensor, Var};
+use common::layers::{
+    Layer, analytic, causal, conv, conv_of, conv_with_all, group_norm, late, layer_norm, linear,
+    normals,
+};
 use common::{normal, relative_error, values};
-use diffusion_sharpening::nn::attention::{attention, attention_in_slices};
-use diffusion_sharpening::nn::conv::conv2d;
+use diffusion_sharpening::nn::conv::Padding;
 use diffusion_sharpening::nn::embedding::sinusoidal;
-use diffusion_sharpening::nn::kernel::{Real, sigmoid};
 use diffusion_sharpening::nn::resample::nearest;
-use diffusion_sharpening::nn::softmax::softmax;
-use diffusion_sharpening::nn::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, LowRank};
+use diffusion_sharpening::nn::{Activation, Added, Linear, LowRank, attention, geglu};
 
 const BAR: f64 = 1e-6;
-/// candle's error-function constants have seven digits.
-const GELU_BAR: f64 = 1e-5;
+const STEP: f64 = 1e-3;
+const BELOW: Padding = Padding { before: 0, after: 1 };
 
-type Layer<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
-
-/// Analytic gradients of Σ R·f(inputs) for every input, with the weights R.
-fn analytic(inputs: &[Tensor], f: Layer) -> (Vec<Tensor>, Tensor) {
-    let vars: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
-    let tracked: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
-    let out = f(&tracked).unwrap();
-    let weights = normal(4321, out.dims()).to_dtype(out.dtype()).unwrap();
-    let grads = (out * &weights).unwrap().sum_all().unwrap().backward().unwrap();
-    let found = vars
-        .iter()
-        .enumerate()
-        .map(|(i, v)| grads.get(v).unwrap_or_else(|| panic!("input {i} got no gradient")).clone());
-    (found.collect(), weights)
+/// Σ weights·f(inputs), with input `i` in place of the given one.
+fn loss(inputs: &[Tensor], weights: &Tensor, f: Layer, i: usize, moved: Tensor) -> f64 {
+    let mut all = inputs.to_vec();
+    all[i] = moved;
+    values(&(f(&all).unwrap() * weights).unwrap()).iter().sum()
 }
 
-/// Compares every element of every input's gradient with a five-point difference.
-fn check(what: &str, bar: f64, inputs: &[Tensor], f: Layer) {
-    const STEP: f64 = 1e-3;
+/// The derivative at 0, from four values around it.
+fn five_point(at: impl Fn(f64) -> f64) -> f64 {
+    let near = at(STEP) - at(-STEP);
+    let far = at(2.0 * STEP) - at(-2.0 * STEP);
+    (8.0 * near - far) / (12.0 * STEP)
+}
+
+fn norm(x: &Tensor) -> f64 {
+    values(x).iter().map(|v| v * v).sum::<f64>().sqrt()
+}
+
+/// Compares every element of every input's gradient.
+fn check(what: &str, inputs: &[Tensor], f: Layer) {
     let (gradients, weights) = analytic(inputs, f);
     let mut worst = 0.0_f64;
     for (i, x) in inputs.iter().enumerate() {
         let base = values(x);
-        let loss = |at: usize, shift: f64| -> f64 {
-            let mut moved = base.clone();
-            moved[at] += shift;
-            let mut all = inputs.to_vec();
-            all[i] = Tensor::from_vec(moved, x.dims(), &Device::Cpu).unwrap();
-            values(&(f(&all).unwrap() * &weights).unwrap()).iter().sum()
-        };
-        let numeric: Vec<f64> = (0..base.len())
-            .map(|at| {
-                let near = loss(at, STEP) - loss(at, -STEP);
-                let far = loss(at, 2.0 * STEP) - loss(at, -2.0 * STEP);
-                (8.0 * near - far) / (12.0 * STEP)
+        let derivative = |at: usize| {
+            five_point(|shift| {
+                let mut moved = base.clone();
+                moved[at] += shift;
+                let moved = Tensor::from_vec(moved, x.dims(), &Device::Cpu).unwrap();
+                loss(inputs, &weights, f, i, moved)
             })
-            .collect();
+        };
+        let numeric: Vec<f64> = (0..base.len()).map(derivative).collect();
         let numeric = Tensor::from_vec(numeric, x.dims(), &Device::Cpu).unwrap();
-        let error = relative_error(&gradients[i], &numeric);
-        assert!(error < bar, "{what}: gradient of input {i} is off by {error:.2e}");
+        // With one source, attention's queries have no gradient at all: the floor.
+        let error = norm(&(&gradients[i] - &numeric).unwrap()) / norm(&numeric).max(BAR);
+        assert!(error < BAR, "{what}: gradient of input {i} is off by {error:.2e}");
         worst = worst.max(error);
     }
-    println!("{what:44} {worst:.1e}");
+    println!("{what:56} {worst:.1e}");
 }
 
-fn conv_of(stride: usize, padding: usize) -> impl Fn(&[Tensor]) -> Result<Tensor> {
-    move |x| {
-        let (weight, bias) = (x[1].clone(), x.get(2).cloned());
-        let adapter =
-            x.get(3).map(|down| LowRank { down: down.clone(), up: x[4].clone(), scale: 0.7 });
-        Conv2d { weight, bias, stride, padding, adapter }.forward(&x[0])
+/// The same along random directions, for inputs too large to move every element.
+fn check_along(what: &str, inputs: &[Tensor], f: Layer) {
+    const DIRECTIONS: u64 = 3;
+    let (gradients, weights) = analytic(inputs, f);
+    let mut worst = 0.0_f64;
+    for (i, x) in inputs.iter().enumerate() {
+        let norm = norm(&gradients[i]);
+        for seed in 0..DIRECTIONS {
+            let direction = normal(5000 + seed + DIRECTIONS * i as u64, x.dims());
+            let expected: f64 = values(&(&direction * &gradients[i]).unwrap()).iter().sum();
+            let numeric = five_point(|shift| {
+                let moved = (x + (&direction * shift).unwrap()).unwrap();
+                loss(inputs, &weights, f, i, moved)
+            });
+            // A unit-normal direction meets a gradient g in a number of about ‖g‖.
+            let error = (expected - numeric).abs() / norm;
+            assert!(error < BAR, "{what}: gradient of input {i} is off by {error:.2e}");
+            worst = worst.max(error);
+        }
     }
+    println!("{what:56} {worst:.1e} along directions");
 }
 
 #[test]
 fn convolutions() {
     for (x, w, stride, padding) in [
-        ([2, 3, 5, 7], [4, 3, 3, 3], 1, 1),
-        ([2, 3, 5, 7], [4, 3, 3, 3], 2, 1),
-        ([1, 2, 6, 4], [3, 2, 3, 3], 2, 1),
-        ([2, 3, 6, 5], [2, 3, 3, 3], 2, 0),
-        ([1, 2, 4, 6], [3, 2, 3, 3], 1, 0),
-        ([2, 5, 3, 4], [4, 5, 1, 1], 1, 0),
-        ([1, 3, 5, 4], [2, 3, 1, 1], 2, 0),
-        ([1, 2, 4, 5], [3, 2, 1, 3], 1, 1),
-        ([1, 2, 8, 8], [3, 2, 4, 4], 4, 0),
-        ([2, 2, 1, 1], [3, 2, 3, 3], 1, 1),
-        ([1, 2, 1, 6], [3, 2, 3, 3], 2, 1),
-        // Enough images for the path that spreads them over threads.
-        ([9, 2, 3, 4], [2, 2, 3, 3], 1, 1),
+        ([2, 5, 7, 3], [4, 3, 3, 3], 1, 1),
+        ([2, 5, 7, 3], [4, 3, 3, 3], 2, 1),
+        ([1, 6, 4, 2], [3, 2, 3, 3], 2, 1),
+        ([2, 6, 5, 3], [2, 3, 3, 3], 2, 0),
+        ([1, 4, 6, 2], [3, 2, 3, 3], 1, 0),
+        ([2, 3, 4, 5], [4, 5, 1, 1], 1, 0),
+        ([1, 5, 4, 3], [2, 3, 1, 1], 2, 0),
+        ([1, 4, 5, 2], [3, 2, 1, 3], 1, 1),
+        ([1, 8, 8, 2], [3, 2, 4, 4], 4, 0),
+        ([2, 1, 1, 2], [3, 2, 3, 3], 1, 1),
+        ([1, 1, 6, 2], [3, 2, 3, 3], 2, 1),
+        ([9, 3, 4, 2], [2, 2, 3, 3], 1, 1),
+        // More padding than the adjoint convolution has taps for.
+        ([1, 3, 4, 2], [3, 2, 2, 2], 1, 2),
     ] {
         let name = format!("conv {x:?} * {w:?} s{stride} p{padding}");
-        let inputs = [normal(1, &x), normal(2, &w)];
-        check(&name, BAR, &inputs, &conv_of(stride, padding));
-        let inputs = [normal(1, &x), normal(2, &w), normal(3, &[w[0]])];
-        check(&format!("{name} bias"), BAR, &inputs, &conv_of(stride, padding));
+        let inputs = normals(&[&x, &w, &[w[0]]]);
+        check(&name, &inputs[..2], &conv_of(stride, padding));
+        check(&format!("{name} bias"), &inputs, &conv_of(stride, padding));
     }
     for (w, stride, padding) in [([4, 3, 3, 3], 1, 1), ([4, 3, 3, 3], 2, 1), ([4, 3, 1, 1], 1, 0)] {
         let down = [2, w[1], w[2], w[3]];
-        let shapes: [&[usize]; 5] = [&[2, 3, 5, 4], &w, &[4], &down, &[4, 2, 1, 1]];
-        let inputs: Vec<Tensor> = (0..).zip(shapes).map(|(i, s)| normal(i, s)).collect();
-        check(&format!("conv {w:?} s{stride} adapter"), BAR, &inputs, &conv_of(stride, padding));
+        let inputs = normals(&[&[2, 5, 4, 3], &w, &[4], &down, &[4, 2, 1, 1]]);
+        check(&format!("conv {w:?} s{stride} adapter"), &inputs, &conv_of(stride, padding));
+    }
+    for (x, stride, padding) in [
+        ([2, 6, 4, 3], 2, BELOW),
+        ([1, 5, 6, 3], 2, BELOW),
+        ([1, 4, 5, 3], 1, BELOW),
+        ([1, 4, 5, 3], 1, Padding { before: 2, after: 0 }),
+    ] {
+        let inputs = normals(&[&x, &[4, 3, 3, 3], &[4], &[2, 3, 3, 3], &[4, 2, 1, 1]]);
+        let name = format!("conv {x:?} s{stride} p{}+{}", padding.before, padding.after);
+        check(&name, &inputs[..2], &conv_of(stride, padding));
+        check(&format!("{name} adapter"), &inputs, &conv_of(stride, padding));
     }
     // A transposed input, and a gradient that arrives transposed.
-    let inputs = [normal(1, &[2, 3, 5, 4]), normal(2, &[4, 3, 3, 3])];
-    check("conv between transpositions", BAR, &inputs, &|x| {
-        conv2d(&x[0].transpose(2, 3)?, &x[1], 1, 1)?.transpose(1, 3)
+    let inputs = normals(&[&[2, 5, 4, 3], &[4, 3, 3, 3]]);
+    check("conv between transpositions", &inputs, &|x| {
+        conv(x, 1, 1).forward(&x[0].transpose(1, 2)?)?.transpose(1, 3)
     });
-    let inputs = [normal(1, &[2, 3, 5, 4]), normal(2, &[3, 3, 3, 3])];
-    check("conv with a transposed weight", BAR, &inputs, &|x| {
-        conv2d(&x[0], &x[1].transpose(0, 1)?, 1, 1)
+    let inputs = normals(&[&[2, 5, 4, 3], &[3, 3, 3, 3]]);
+    check("conv with a transposed weight", &inputs, &|x| {
+        conv(&[x[0].clone(), x[1].transpose(0, 1)?], 1, 1).forward(&x[0])
+    });
+}
+
+#[test]
+fn convolutions_with_what_is_added() {
+    for (x, w, stride, padding, y) in [
+        ([2, 4, 3, 3], [4, 3, 3, 3], 1, Padding::from(1), [2, 4, 3, 4]),
+        ([2, 5, 4, 3], [4, 3, 3, 3], 2, Padding::from(1), [2, 3, 2, 4]),
+        ([2, 4, 4, 3], [4, 3, 3, 3], 2, BELOW, [2, 2, 2, 4]),
+        ([2, 4, 3, 3], [4, 3, 1, 1], 1, Padding::from(0), [2, 4, 3, 4]),
+    ] {
+        let name = format!("conv {w:?} s{stride}");
+        let down = [2, w[1], w[2], w[3]];
+        let all = normals(&[&x, &w, &[4], &down, &[4, 2, 1, 1], &[2, 4], &y]);
+        check(&format!("{name} adapter, shift and residual"), &all, &|x| {
+            conv_with_all(x, stride, padding)
+        });
+        let onto = |x: &[Tensor], bias: usize, shift: Option<usize>, residual: Option<usize>| {
+            let (shift, residual) = (shift.map(|i| &x[i]), residual.map(|i| &x[i]));
+            conv(&x[..2 + bias], stride, padding).forward_added(&x[0], Added { shift, residual })
+        };
+        let inputs = normals(&[&x, &w, &[4], &[2, 4], &y]);
+        check(&format!("{name} shift and residual"), &inputs, &|x| onto(x, 1, Some(3), Some(4)));
+        check(&format!("{name} shift"), &inputs[..4], &|x| onto(x, 1, Some(3), None));
+        let inputs = normals(&[&x, &w, &y]);
+        check(&format!("{name} residual"), &inputs, &|x| onto(x, 0, None, Some(2)));
+        // One shift for all images.
+        let inputs = normals(&[&x, &w, &[1, 4]]);
+        check(&format!("{name} one shift"), &inputs, &|x| onto(x, 0, Some(2), None));
+    }
+    // The input is also what is added, and the outcome is used twice.
+    let inputs = normals(&[&[2, 3, 4, 3], &[3, 3, 3, 3], &[3], &[2, 3]]);
+    check("conv onto its input, twice", &inputs, &|x| {
+        let added = Added { shift: Some(&x[3]), residual: Some(&x[0]) };
+        let y = conv(&x[..3], 1, 1).forward_added(&x[0], added)?;
+        let again = Added { shift: Some(&x[3]), residual: Some(&y) };
+        conv(&x[..3], 1, 1).forward_added(&y, again)? * &y
+    });
+    // Enough for several threads and pieces of the inner dimension.
+    let shapes: [&[usize]; 7] = [
+        &[2, 9, 7, 50],
+        &[40, 50, 3, 3],
+        &[40],
+        &[3, 50, 3, 3],
+        &[40, 3, 1, 1],
+        &[2, 40],
+        &[2, 9, 7, 40],
+    ];
+    check_along("conv, large", &normals(&shapes), &|x| conv_with_all(x, 1, 1));
+}
+
+#[test]
+fn enlarged_convolutions() {
+    for (size, w, stride, padding) in [
+        ((6, 8), [4, 3, 3, 3], 1, Padding::from(1)),
+        ((5, 7), [4, 3, 3, 3], 1, Padding::from(1)),
+        ((6, 7), [4, 3, 3, 3], 1, Padding::from(1)),
+        ((3, 8), [4, 3, 3, 3], 1, Padding::from(1)),
+        ((3, 4), [4, 3, 3, 3], 1, Padding::from(1)),
+        ((2, 3), [4, 3, 3, 3], 1, Padding::from(1)),
+        ((6, 8), [4, 3, 1, 1], 1, Padding::from(0)),
+        ((6, 8), [4, 3, 3, 3], 2, Padding::from(1)),
+        ((5, 7), [4, 3, 3, 3], 2, BELOW),
+        ((5, 7), [4, 3, 1, 3], 1, Padding::from(1)),
+    ] {
+        let down = [2, w[1], w[2], w[3]];
+        let inputs = normals(&[&[2, 3, 4, 3], &w, &[4], &down, &[4, 2, 1, 1]]);
+        let name = format!("conv {w:?} s{stride} of 3x4 at {size:?}");
+        let f = |x: &[Tensor]| conv(x, stride, padding).forward_enlarged(&x[0], size);
+        check(&name, &inputs[..2], &f);
+        check(&format!("{name} bias"), &inputs[..3], &f);
+        check(&format!("{name} adapter"), &inputs, &f);
+    }
+    let inputs = normals(&[&[2, 8, 6, 40], &[40, 40, 3, 3], &[40]]);
+    check_along("conv enlarged, large", &inputs, &|x| {
+        conv(x, 1, 1).forward_enlarged(&x[0], (16, 12))
     });
 }
 
 #[test]
 fn linears() {
-    let linear = |x: &[Tensor], bias: Option<usize>, adapter: Option<usize>| Linear {
-        weight: x[1].clone(),
-        bias: bias.map(|i| x[i].clone()),
-        adapter: adapter.map(|i| LowRank { down: x[i].clone(), up: x[i + 1].clone(), scale: 1.5 }),
+    let without_bias = |x: &[Tensor]| {
+        let adapter = LowRank { down: x[2].clone(), up: x[3].clone(), scale: 1.5 };
+        Linear::new(x[1].clone(), None, Some(adapter)).forward(&x[0])
     };
-    let (w, b, down, up) =
-        (normal(2, &[4, 5]), normal(3, &[4]), normal(4, &[2, 5]), normal(5, &[4, 2]));
     let xs: [&[usize]; 4] = [&[3, 5], &[2, 3, 5], &[1, 5], &[2, 2, 3, 5]];
     for dims in xs {
-        let x = normal(1, dims);
-        check(&format!("linear {dims:?}"), BAR, &[x.clone(), w.clone()], &|x| {
-            linear(x, None, None).forward(&x[0])
+        let mut out = dims.to_vec();
+        out[dims.len() - 1] = 4;
+        let all = normals(&[dims, &[4, 5], &[4], &[2, 5], &[4, 2], &out]);
+        let of = |at: &[usize]| at.iter().map(|i| all[*i].clone()).collect::<Vec<_>>();
+        let name = format!("linear {dims:?}");
+        check(&name, &all[..2], &|x| linear(x).forward(&x[0]));
+        check(&format!("{name} bias"), &all[..3], &|x| linear(x).forward(&x[0]));
+        check(&format!("{name} adapter"), &of(&[0, 1, 3, 4]), &without_bias);
+        check(&format!("{name} bias adapter"), &all[..5], &|x| linear(x).forward(&x[0]));
+        check(&format!("{name} bias adapter residual"), &all, &|x| {
+            linear(&x[..5]).forward_onto(&x[0], &x[5])
         });
-        check(&format!("linear {dims:?} bias"), BAR, &[x.clone(), w.clone(), b.clone()], &|x| {
-            linear(x, Some(2), None).forward(&x[0])
-        });
-        let inputs = [x.clone(), w.clone(), down.clone(), up.clone()];
-        check(&format!("linear {dims:?} adapter"), BAR, &inputs, &|x| {
-            linear(x, None, Some(2)).forward(&x[0])
-        });
-        let inputs = [x, w.clone(), b.clone(), down.clone(), up.clone()];
-        check(&format!("linear {dims:?} bias adapter"), BAR, &inputs, &|x| {
-            linear(x, Some(2), Some(3)).forward(&x[0])
+        check(&format!("{name} residual"), &of(&[0, 1, 5]), &|x| {
+            linear(&x[..2]).forward_onto(&x[0], &x[2])
         });
     }
-    let inputs = [normal(1, &[2, 5, 3]), w, b];
-    check("linear transposed input", BAR, &inputs, &|x| {
-        linear(x, Some(2), None).forward(&x[0].transpose(1, 2)?)
+    check("linear transposed input", &normals(&[&[2, 5, 3], &[4, 5], &[4]]), &|x| {
+        linear(x).forward(&x[0].transpose(1, 2)?)
     });
+    check("linear transposed residual", &normals(&[&[2, 5], &[4, 5], &[4], &[4, 2]]), &|x| {
+        linear(&x[..3]).forward_onto(&x[0], &x[3].t()?)
+    });
+    // Enough for several threads and pieces of the inner dimension.
+    let large = normals(&[&[2, 30, 400], &[70, 400], &[70], &[5, 400], &[70, 5], &[2, 30, 70]]);
+    check_along("linear, large", &large, &|x| linear(&x[..5]).forward_onto(&x[0], &x[5]));
 }
 
 #[test]
 fn norms() {
     for (dims, groups) in [
-        (vec![2, 6, 3, 5], 3),
-        (vec![2, 4, 1, 1], 2),
-        (vec![3, 4, 7], 4),
-        (vec![1, 6, 2, 2], 1),
+        (vec![2, 3, 5, 6], 3),
+        (vec![2, 1, 1, 4], 2),
+        (vec![3, 7, 4], 4),
+        (vec![1, 2, 2, 6], 1),
         (vec![2, 8], 2),
     ] {
-        let channels = dims[1];
-        let inputs = [normal(1, &dims), normal(2, &[channels]), normal(3, &[channels])];
-        let norm = |x: &[Tensor]| GroupNorm {
-            groups,
-            eps: 1e-5,
-            weight: x[1].clone(),
-            bias: x[2].clone(),
-        };
+        let channels = dims[dims.len() - 1];
+        let inputs = normals(&[&dims, &[channels], &[channels]]);
         let name = format!("group norm {dims:?} / {groups}");
-        check(&name, BAR, &inputs, &|x| norm(x).forward(&x[0]));
-        check(&format!("{name} silu"), BAR, &inputs, &|x| norm(x).forward_silu(&x[0]));
+        check(&name, &inputs, &|x| group_norm(x, groups).forward(&x[0]));
+        check(&format!("{name} silu"), &inputs, &|x| group_norm(x, groups).forward_silu(&x[0]));
         if dims.len() == 4 {
-            check(&format!("{name} transposed"), BAR, &inputs, &|x| {
-                norm(x).forward_silu(&x[0].transpose(2, 3)?)?.transpose(1, 2)
+            check(&format!("{name} transposed"), &inputs, &|x| {
+                group_norm(x, groups).forward_silu(&x[0].transpose(1, 2)?)?.transpose(1, 3)
             });
         }
     }
-    for dims in [vec![3, 5], vec![2, 3, 6]] {
-        let width = dims[dims.len() - 1];
-        let inputs = [normal(1, &dims), normal(2, &[width]), normal(3, &[width])];
-        check(&format!("layer norm {dims:?}"), BAR, &inputs, &|x| {
-            LayerNorm { eps: 1e-5, weight: x[1].clone(), bias: x[2].clone() }.forward(&x[0])
-        });
+    // Several pieces of positions, on one thread and on more.
+    for dims in [[2, 13, 11, 6], [2, 27, 19, 36]] {
+        let channels = dims[3];
+        let mut inputs = normals(&[&dims, &[channels], &[channels]]);
+        inputs[0] = (&inputs[0] + 2.0).unwrap();
+        let name = format!("group norm {dims:?}");
+        check_along(&name, &inputs, &|x| group_norm(x, 3).forward(&x[0]));
+        check_along(&format!("{name} silu"), &inputs, &|x| group_norm(x, 3).forward_silu(&x[0]));
     }
-    let inputs = [normal(1, &[2, 6, 3]), normal(2, &[6]), normal(3, &[6])];
-    check("layer norm transposed", BAR, &inputs, &|x| {
-        let x0 = x[0].transpose(1, 2)?;
-        LayerNorm { eps: 1e-5, weight: x[1].clone(), bias: x[2].clone() }.forward(&x0)
+    for dims in [vec![3, 5], vec![2, 3, 6], vec![2, 3, 19]] {
+        let width = dims[dims.len() - 1];
+        let inputs = normals(&[&dims, &[width], &[width]]);
+        check(&format!("layer norm {dims:?}"), &inputs, &|x| layer_norm(x).forward(&x[0]));
+    }
+    check("layer norm transposed", &normals(&[&[2, 6, 3], &[6], &[6]]), &|x| {
+        layer_norm(x).forward(&x[0].transpose(1, 2)?)
+    });
+    check_along("layer norm, large", &normals(&[&[3, 70, 200], &[200], &[200]]), &|x| {
+        layer_norm(x).forward(&x[0])
     });
 }
 
 #[test]
-fn softmax_and_attention() {
-    check("softmax", BAR, &[normal(1, &[3, 7])], &|x| softmax(&x[0]));
-    check("softmax 4-D transposed", BAR, &[normal(1, &[2, 2, 5, 3])], &|x| {
-        softmax(&x[0].transpose(2, 3)?)?.transpose(1, 2)
-    });
-    check("softmax of one value", BAR, &[normal(1, &[4, 3])], &|x| {
-        softmax(&x[0].reshape((4, 3, 1))?)?.reshape((4, 3))? * &x[0]
-    });
-    let causal = |n: usize, m: usize| {
-        let mask = (0..n * m).map(|i| if i % m > i / m { f64::NEG_INFINITY } else { 0.0 });
-        Tensor::from_vec(mask.collect(), (n, m), &Device::Cpu).unwrap()
-    };
+fn attentions() {
     for (targets, sources, width, heads) in
-        [(4, 4, 6, 1), (4, 4, 6, 3), (5, 3, 4, 2), (1, 7, 4, 4), (6, 1, 4, 2)]
+        [(4, 4, 6, 1), (4, 4, 6, 3), (5, 3, 4, 2), (1, 7, 4, 4), (6, 1, 4, 2), (15, 14, 4, 2)]
     {
-        let q = normal(1, &[2, targets, width]);
-        let (k, v) = (normal(2, &[2, sources, width]), normal(3, &[2, sources, width]));
-        let inputs = [q.clone(), k, v];
+        let tokens = [2, sources, width];
+        let inputs = normals(&[&[2, targets, width], &tokens, &tokens]);
         let name = format!("attention {targets} on {sources}, {heads} heads");
-        check(&name, BAR, &inputs, &|x| attention(&x[0], &x[1], &x[2], heads, None));
+        check(&name, &inputs, &|x| attention(&x[0], &x[1], &x[2], heads, None));
         let mask = causal(targets, sources);
-        check(&format!("{name}, causal"), BAR, &inputs, &|x| {
+        check(&format!("{name}, causal"), &inputs, &|x| {
             attention(&x[0], &x[1], &x[2], heads, Some(&mask))
         });
-        // Two queries at a time, and one at a time.
-        for scores in [2 * 2 * heads * sources, 1] {
-            check(&format!("{name}, causal, {scores} scores"), BAR, &inputs, &|x| {
-                attention_in_slices(&x[0], &x[1], &x[2], heads, Some(&mask), scores)
-            });
-        }
-        check(&format!("{name}, q = k"), BAR, &[q], &|x| {
+        check(&format!("{name}, q = k"), &inputs[..1], &|x| {
             attention(&x[0], &x[0], &x[0], heads, None)
         });
+        let shapes: [&[usize]; 3] =
+            [&[2, width, targets], &[2, width, sources], &[2, sources, width]];
+        check(&format!("{name}, transposed"), &normals(&shapes), &|x| {
+            let (q, k) = (x[0].transpose(1, 2)?, x[1].transpose(1, 2)?);
+            attention(&q, &k, &x[2], heads, None)?.transpose(1, 2)
+        });
+    }
+    // Several tiles of sources, blocks of targets and pieces of a head's width.
+    for (targets, sources, heads, size) in [
+        (13, 400, 2, 3),
+        (110, 20, 2, 3),
+        (97, 385, 1, 4),
+        (200, 800, 1, 5),
+        (110, 110, 3, 33),
+        (3, 4, 2, 400),
+        (14, 390, 1, 390),
+    ] {
+        let (q, kv) = ([2, targets, heads * size], [2, sources, heads * size]);
+        let inputs = normals(&[&q, &kv, &kv]);
+        let name = format!("attention {targets} on {sources}, {heads} x {size}");
+        let masks = [
+            ("", None),
+            (", causal", Some(causal(targets, sources))),
+            (", late", Some(late(targets, sources, sources - 3))),
+        ];
+        for (kind, mask) in masks {
+            check_along(&format!("{name}{kind}"), &inputs, &|x| {
+                attention(&x[0], &x[1], &x[2], heads, mask.as_ref())
+            });
+        }
     }
 }
 
 #[test]
 fn activations() {
     let x = (normal(1, &[4, 9]) * 3.0).unwrap();
-    check("silu", BAR, std::slice::from_ref(&x), &|x| Activation::Silu.forward(&x[0]));
-    check("quick gelu", BAR, std::slice::from_ref(&x), &|x| Activation::QuickGelu.forward(&x[0]));
-    check("gelu", GELU_BAR, std::slice::from_ref(&x), &|x| Activation::Gelu.forward(&x[0]));
-    check("silu transposed", BAR, &[x], &|x| Activation::Silu.forward(&x[0].t()?)?.t());
+    let one = std::slice::from_ref(&x);
+    check("silu", one, &|x| Activation::Silu.forward(&x[0]));
+    check("quick gelu", one, &|x| Activation::QuickGelu.forward(&x[0]));
+    check("gelu", one, &|x| Activation::Gelu.forward(&x[0]));
+    check("silu transposed", one, &|x| Activation::Silu.forward(&x[0].t()?)?.t());
+    for dims in [vec![4, 6], vec![2, 3, 10], vec![3, 2], vec![6]] {
+        let x = (normal(1, &dims) * 2.0).unwrap();
+        check(&format!("geglu {dims:?}"), &[x], &|x| geglu(&x[0]));
+    }
+    check("geglu transposed", &normals(&[&[6, 4]]), &|x| geglu(&x[0].t()?)?.t());
+    check_along("geglu, large", &normals(&[&[3, 60, 400]]), &|x| geglu(&x[0]));
 }
 
 #[test]
 fn resampling_and_embedding() {
-    let x = normal(1, &[2, 3, 3, 4]);
+    let x = normal(1, &[2, 3, 4, 3]);
     for (height, width) in [(6, 8), (5, 7), (6, 7), (3, 4), (2, 3), (6, 4)] {
-        check(&format!("nearest 3x4 to {height}x{width}"), BAR, std::slice::from_ref(&x), &|x| {
+        check(&format!("nearest 3x4 to {height}x{width}"), std::slice::from_ref(&x), &|x| {
             nearest(&x[0], height, width)
         });
         // candle's own operation loses one of the two gradients here, by order of use.
         check(
             &format!("nearest to {height}x{width}, two consumers"),
-            BAR,
             std::slice::from_ref(&x),
             &|x| {
                 let before = x[0].sqr()?.mean_all()?;
@@ -252,242 +371,32 @@ fn resampling_and_embedding() {
     }
     for (dim, flip, shift) in [(8, true, 0.0), (8, false, 1.0), (7, true, 0.0)] {
         let t = Tensor::new(&[0.3_f64, 7.5, 981.0], &Device::Cpu).unwrap();
-        check(&format!("sinusoidal {dim} flip {flip} shift {shift}"), BAR, &[t], &|x| {
+        check(&format!("sinusoidal {dim} flip {flip} shift {shift}"), &[t], &|x| {
             sinusoidal(&x[0], dim, flip, shift)
         });
-    }
-}
-
-#[test]
-fn embeddings_are_the_closed_form_and_tell_neighbouring_sizes_apart() {
-    let t = Tensor::new(&[981.0_f32, 1024.0, 1025.0], &Device::Cpu).unwrap();
-    let out = sinusoidal(&t, 256, true, 0.0).unwrap().to_vec2::<f32>().unwrap();
-    for (row, t) in out.iter().zip([981.0_f64, 1024.0, 1025.0]) {
-        for i in 0..128 {
-            let angle = t * (-(10_000_f64.ln()) * i as f64 / 128.0).exp();
-            // One f32 rounding of an angle of up to 1025.
-            assert!((f64::from(row[i]) - angle.cos()).abs() < 2e-4, "cos {i} of {t}");
-            assert!((f64::from(row[128 + i]) - angle.sin()).abs() < 2e-4, "sin {i} of {t}");
-        }
-    }
-    assert!((out[1][0] - out[2][0]).abs() > 0.1, "1024 and 1025 look the same");
-}
-
-/// Half precision takes the composed operations; they must agree with the fused ones.
-#[test]
-fn the_composed_path_equals_the_fused_one() {
-    let half = |x: &Tensor| x.to_dtype(DType::F16).unwrap();
-    let compare = |what: &str, inputs: &[Tensor], f: Layer| {
-        let rounded: Vec<Tensor> = inputs.iter().map(half).collect();
-        let single: Vec<Tensor> = rounded.iter().map(|x| x.to_dtype(DType::F32).unwrap()).collect();
-        let error = relative_error(&f(&rounded).unwrap(), &f(&single).unwrap());
-        assert!(error < 2e-3, "{what}: values differ by {error:.1e}");
-        let (fused, composed) = (analytic(&single, f).0, analytic(&rounded, f).0);
-        let mut worst = 0.0_f64;
-        for (i, (fused, composed)) in fused.iter().zip(&composed).enumerate() {
-            let error = relative_error(composed, fused);
-            assert!(error < 1e-2, "{what}: gradient {i} differs by {error:.1e}");
-            worst = worst.max(error);
-        }
-        println!("{what:24} values {error:.1e} gradients {worst:.1e}");
-    };
-    let image = normal(1, &[2, 4, 5, 6]);
-    let affine = [image.clone(), normal(2, &[4]), normal(3, &[4])];
-    let norm =
-        |x: &[Tensor]| GroupNorm { groups: 2, eps: 1e-5, weight: x[1].clone(), bias: x[2].clone() };
-    compare("group norm", &affine, &|x| norm(x).forward(&x[0]));
-    compare("group norm silu", &affine, &|x| norm(x).forward_silu(&x[0]));
-    let rows = [normal(1, &[2, 3, 6]), normal(2, &[6]), normal(3, &[6])];
-    compare("layer norm", &rows, &|x| {
-        LayerNorm { eps: 1e-5, weight: x[1].clone(), bias: x[2].clone() }.forward(&x[0])
-    });
-    compare("softmax", &[normal(1, &[3, 7])], &|x| softmax(&x[0]));
-    let x = (normal(1, &[40]) * 3.0).unwrap();
-    for activation in [Activation::Silu, Activation::QuickGelu, Activation::Gelu] {
-        compare(&format!("{activation:?}"), std::slice::from_ref(&x), &|x| {
-            activation.forward(&x[0])
-        });
-    }
-    let conv = [image, normal(2, &[3, 4, 3, 3]), normal(3, &[3])];
-    compare("conv", &conv, &conv_of(1, 1));
-    compare("conv s2", &conv, &conv_of(2, 1));
-    let q = [normal(1, &[2, 4, 6]), normal(2, &[2, 5, 6]), normal(3, &[2, 5, 6])];
-    compare("attention", &q, &|x| attention(&x[0], &x[1], &x[2], 2, None));
-}
-
-#[test]
-fn activations_stay_finite_far_out() {
-    for dtype in [DType::F64, DType::F32, DType::F16] {
-        let x = Tensor::new(
-            &[-6e4_f64, -100.0, -20.0, -11.5, 0.0, 11.5, 20.0, 100.0, 6e4],
-            &Device::Cpu,
-        );
-        let x = x.unwrap().to_dtype(dtype).unwrap();
-        for activation in [Activation::Silu, Activation::QuickGelu, Activation::Gelu] {
-            let f = |x: &[Tensor]| activation.forward(&x[0]);
-            let y = values(&f(std::slice::from_ref(&x)).unwrap());
-            // The product of slope and x overflows half precision before x does.
-            if !(dtype == DType::F16 && activation == Activation::QuickGelu) {
-                assert!(y.iter().all(|v| v.is_finite()), "{activation:?} {dtype:?}: {y:?}");
-            }
-            let inner = x.narrow(0, 1, 7).unwrap();
-            let gradient = values(&analytic(&[inner], &f).0[0]);
-            assert!(
-                gradient.iter().all(|v| v.is_finite()),
-                "{activation:?} {dtype:?}: {gradient:?}"
-            );
-        }
-    }
-    let scores = Tensor::new(&[[3e38_f32, -3e38, 0.0], [-1e4, -1e4, -1e4]], &Device::Cpu).unwrap();
-    let p = softmax(&scores).unwrap().to_vec2::<f32>().unwrap();
-    assert!((p[0][0] - 1.0).abs() < 1e-6 && p[0][1] < 1e-30 && p[0][2] < 1e-30, "{p:?}");
-    assert!(p[1].iter().all(|v| (v - 1.0 / 3.0).abs() < 1e-6), "{p:?}");
-}
-
-/// f32 layers on strided inputs and on batches give what single, dense inputs give.
-#[test]
-fn layout_and_batch_do_not_matter() {
-    let f32 = |x: Tensor| x.to_dtype(DType::F32).unwrap();
-    let of = |seed, shape: &[usize]| f32(normal(seed, shape));
-    let conv = Conv2d {
-        weight: of(2, &[5, 6, 3, 3]),
-        bias: Some(of(3, &[5])),
-        stride: 1,
-        padding: 1,
-        adapter: None,
-    };
-    let linear = Linear { weight: of(4, &[7, 6]), bias: Some(of(5, &[7])), adapter: None };
-    let group = GroupNorm { groups: 3, eps: 1e-5, weight: of(6, &[6]), bias: of(7, &[6]) };
-    let layer = LayerNorm { eps: 1e-5, weight: of(6, &[6]), bias: of(7, &[6]) };
-    let layers: [(&str, &[usize], Layer); 8] = [
-        ("conv", &[4, 6, 5, 4], &|x| conv.forward(&x[0])),
-        ("linear", &[4, 5, 6], &|x| linear.forward(&x[0])),
-        ("group norm", &[4, 6, 5, 4], &|x| group.forward(&x[0])),
-        ("group norm silu", &[4, 6, 5, 4], &|x| group.forward_silu(&x[0])),
-        ("layer norm", &[4, 5, 6], &|x| layer.forward(&x[0])),
-        ("softmax", &[4, 5, 6], &|x| softmax(&x[0])),
-        ("silu", &[4, 5, 6], &|x| Activation::Silu.forward(&x[0])),
-        ("attention", &[4, 5, 6], &|x| attention(&x[0], &x[0], &x[0], 2, None)),
-    ];
-    for (name, shape, f) in layers {
-        let x = of(1, shape);
-        let last = shape.len() - 1;
-        let strided = x.transpose(last, last - 1).unwrap().contiguous().unwrap();
-        let strided = strided.transpose(last, last - 1).unwrap();
-        assert!(!strided.is_contiguous());
-        let (dense, y) = (f(std::slice::from_ref(&x)).unwrap(), f(&[strided]).unwrap());
-        assert_eq!(values(&dense), values(&y), "{name}: a strided input matters");
-        // A view into the middle of a larger tensor.
-        let padded = Tensor::cat(&[&x, &x, &x], 0).unwrap().narrow(0, 4, 4).unwrap();
-        assert_eq!(values(&dense), values(&f(&[padded]).unwrap()), "{name}: an offset matters");
-        for b in 0..4 {
-            let one = f(&[x.narrow(0, b, 1).unwrap()]).unwrap();
-            let error = relative_error(&one, &dense.narrow(0, b, 1).unwrap());
-            assert!(error < 1e-6, "{name}: sample {b} alone differs by {error:.1e}");
-        }
-    }
-}
-
-/// Large enough for the paths that use several threads.
-#[test]
-fn large_inputs_give_what_small_ones_give() {
-    let f32 = |x: Tensor| x.to_dtype(DType::F32).unwrap();
-    let x = f32(normal(1, &[8, 8, 32, 32]));
-    let group = GroupNorm {
-        groups: 4,
-        eps: 1e-5,
-        weight: f32(normal(2, &[8])),
-        bias: f32(normal(3, &[8])),
-    };
-    let conv = Conv2d {
-        weight: f32(normal(4, &[8, 8, 3, 3])),
-        bias: None,
-        stride: 1,
-        padding: 1,
-        adapter: None,
-    };
-    let layers: [(&str, Layer); 4] = [
-        ("group norm silu", &|x| group.forward_silu(&x[0])),
-        ("conv", &|x| conv.forward(&x[0])),
-        ("softmax", &|x| softmax(&x[0])),
-        ("quick gelu", &|x| Activation::QuickGelu.forward(&x[0])),
-    ];
-    for (name, f) in layers {
-        let (all, wide) =
-            (f(std::slice::from_ref(&x)).unwrap(), f(&[x.to_dtype(DType::F64).unwrap()]));
-        if name != "group norm silu" && name != "conv" {
-            let error = relative_error(&all, &wide.unwrap());
-            assert!(error < 1e-6, "{name}: f32 differs from f64 by {error:.1e}");
-        }
-        let parts: Vec<Tensor> =
-            (0..8).map(|b| f(&[x.narrow(0, b, 1).unwrap()]).unwrap()).collect();
-        let error = relative_error(&Tensor::cat(&parts, 0).unwrap(), &all);
-        assert!(error < 1e-6, "{name}: in parts differs by {error:.1e}");
-        let whole = analytic(std::slice::from_ref(&x), f).0.remove(0);
-        let weights = normal(4321, all.dims()).to_dtype(DType::F32).unwrap();
-        let var = Var::from_tensor(&x.narrow(0, 5, 1).unwrap().contiguous().unwrap()).unwrap();
-        let loss =
-            (f(&[var.as_tensor().clone()]).unwrap() * weights.narrow(0, 5, 1).unwrap()).unwrap();
-        let grads = loss.sum_all().unwrap().backward().unwrap();
-        let error = relative_error(grads.get(&var).unwrap(), &whole.narrow(0, 5, 1).unwrap());
-        assert!(error < 1e-5, "{name}: gradient of one sample differs by {error:.1e}");
-    }
-}
-
-#[test]
-fn the_f32_exponential_is_within_two_units() {
-    let mut worst = 0.0_f64;
-    let mut x = -87.0_f32;
-    while x <= 88.0 {
-        let exact = f64::from(x).exp();
-        worst = worst.max((f64::from(x.exponential()) - exact).abs() / exact);
-        x += 0.000_37;
-    }
-    println!("f32 exponential: worst relative error {worst:.2e}");
-    assert!(worst < 2.0 * f64::from(f32::EPSILON), "{worst:.2e}");
-    assert_eq!(0.0_f32.exponential(), 1.0);
-    assert!(f32::NAN.exponential().is_nan());
-    assert!(f32::NEG_INFINITY.exponential() < 1.3e-38);
-    assert!(f32::INFINITY.exponential() > 1e38);
-    for x in [-200.0_f32, -3.5, 0.0, 0.1, 9.0, 200.0] {
-        let exact = 1.0 / (1.0 + (-f64::from(x)).exp());
-        assert!((f64::from(sigmoid(x)) - exact).abs() < 1e-6, "sigmoid({x})");
     }
 }
 
 /// Each of a layer's tensors gets a gradient if and only if it is tracked.
 #[test]
 fn gradients_are_absent_only_for_what_is_not_tracked() {
-    let cases: [(&str, Vec<Tensor>, Layer); 6] = [
-        (
-            "conv",
-            vec![normal(1, &[2, 3, 4, 5]), normal(2, &[4, 3, 3, 3]), normal(3, &[4])],
-            &conv_of(1, 1),
-        ),
-        (
-            "conv adapter",
-            vec![
-                normal(1, &[2, 3, 4, 5]),
-                normal(2, &[4, 3, 3, 3]),
-                normal(3, &[4]),
-                normal(4, &[2, 3, 3, 3]),
-                normal(5, &[4, 2, 1, 1]),
-            ],
-            &conv_of(2, 1),
-        ),
-        ("linear", vec![normal(1, &[2, 3, 4]), normal(2, &[5, 4]), normal(3, &[5])], &|x| {
-            Linear { weight: x[1].clone(), bias: Some(x[2].clone()), adapter: None }.forward(&x[0])
+    let weights: [&[usize]; 5] = [&[2, 4, 5, 3], &[4, 3, 3, 3], &[4], &[2, 3, 3, 3], &[4, 2, 1, 1]];
+    let all = [&weights[..], &[&[2, 4], &[2, 2, 3, 4]]].concat();
+    let rows: [&[usize]; 6] = [&[2, 3, 4], &[5, 4], &[5], &[2, 4], &[5, 2], &[2, 3, 5]];
+    let cases: [(&str, Vec<Tensor>, Layer); 9] = [
+        ("conv", normals(&weights[..3]), &conv_of(1, 1)),
+        ("conv adapter", normals(&weights), &conv_of(2, 1)),
+        ("conv adapter, shift and residual", normals(&all), &|x| conv_with_all(x, 2, 1)),
+        ("conv enlarged", normals(&weights), &|x| conv(x, 1, 1).forward_enlarged(&x[0], (8, 7))),
+        ("linear", normals(&rows[..3]), &|x| linear(x).forward(&x[0])),
+        ("linear adapter residual", normals(&rows), &|x| {
+            linear(&x[..5]).forward_onto(&x[0], &x[5])
         }),
-        ("group norm", vec![normal(1, &[2, 4, 3]), normal(2, &[4]), normal(3, &[4])], &|x| {
-            let norm = GroupNorm { groups: 2, eps: 1e-5, weight: x[1].clone(), bias: x[2].clone() };
-            norm.forward_silu(&x[0])
+        ("group norm", normals(&[&[2, 3, 4], &[4], &[4]]), &|x| {
+            group_norm(x, 2).forward_silu(&x[0])
         }),
-        ("layer norm", vec![normal(1, &[2, 4]), normal(2, &[4]), normal(3, &[4])], &|x| {
-            LayerNorm { eps: 1e-5, weight: x[1].clone(), bias: x[2].clone() }.forward(&x[0])
-        }),
-        ("attention", (1..4).map(|i| normal(i, &[2, 3, 4])).collect(), &|x| {
-            attention(&x[0], &x[1], &x[2], 2, None)
-        }),
+        ("layer norm", normals(&[&[2, 4], &[4], &[4]]), &|x| layer_norm(x).forward(&x[0])),
+        ("attention", normals(&[&[2, 3, 4][..]; 3]), &|x| attention(&x[0], &x[1], &x[2], 2, None)),
     ];
     for (name, inputs, f) in cases {
         let full = analytic(&inputs, f).0;

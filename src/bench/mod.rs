@@ -5,12 +5,13 @@
 //! grid and its resumable cells ([`sweep`], [`arm`], [`cell`], [`manifest`]),
 //! what is read off them ([`stats`], [`summary`], [`report`], [`plot`]), where
 //! prompts and images come from ([`prompts`], [`remote`], [`wiring`]), and the
-//! work that is timed ([`workload`], also by the criterion benches).
+//! work that is timed ([`workload`], [`train_workload`] and [`op_workload`]).
 
 pub mod arm;
 pub mod cell;
 pub mod manifest;
 pub mod nfe_sweep;
+pub mod op_workload;
 pub mod options;
 pub mod parity;
 pub mod parity_cmd;
@@ -25,5 +26,6 @@ pub mod stats;
 pub mod summary;
 pub mod sweep;
 pub mod sweep_merge;
+pub mod train_workload;
 pub mod wiring;
 pub mod workload;

@@ -1,6 +1,7 @@
-//! `ds-bench speed`: how long the pieces of an image take on this machine.
+//! `ds-bench speed`: how long the pieces of an image and of training, and single operations,
+//! take on this machine.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,9 @@ use anyhow::Context;
 use serde::Serialize;
 
 use super::stats::quantile;
+use super::train_workload::Training;
 use super::workload::{Piece, Work, Workload};
+use super::op_workload;
 use crate::{Error, Result};
 
 /// What rayon and candle read their number of threads from, once, when they start.
@@ -16,16 +19,18 @@ const THREADS: &str = "RAYON_NUM_THREADS";
 /// Fewest measured runs of a piece, however long they take.
 const LEAST_RUNS: usize = 3;
 
-/// Time one U-Net forward, VAE decode, text encoding and 50-step image.
+/// Time the networks, a 50-step image, training steps or single operations.
 ///
-/// Everything runs in f32 without gradients; after one warm-up, the median over the runs is
-/// reported. tools/bench_torch.py does the same work in PyTorch, under the same names, and
+/// Everything runs in f32; after one warm-up, the median over the runs is reported. Without
+/// --only: one U-Net forward, VAE decode, text encoding and 50-step image. --only also knows
+/// training (unet_forward_backward_lora_b1, train_step_full_b4, …) and single operations
+/// (op_conv3x3_320_64, op_conv3x3_320_64_train, …); a wrong name lists all. tools/bench_torch.py does the same work in PyTorch, under the same names, and
 /// tools/compare_speed.py runs the two alternately (docs/performance.md).
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// Checkpoint: a folder in the diffusers layout.
+    /// Checkpoint: a folder in the diffusers layout. Not needed for single operations alone.
     #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    pub model: Option<PathBuf>,
     /// Threads of the kernels.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: u16,
@@ -50,19 +55,22 @@ pub struct Args {
 /// The measurement of one piece. `tools/bench_torch.py` prints the same keys.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    pub name: &'static str,
+    pub name: String,
     pub seconds_median: f64,
     pub seconds_min: f64,
     /// User and system time of all threads; absent where the platform does not tell.
     pub cpu_seconds_median: Option<f64>,
     pub runs: usize,
     pub threads: u16,
-    /// Height and width of the latents.
-    pub latent: [usize; 2],
+    /// Height and width of the latents; none for a single operation.
+    pub latent: Option<[usize; 2]>,
     /// Tokens of the prompt, padding included.
-    pub tokens: usize,
+    pub tokens: Option<usize>,
     /// U-Net forwards of one sample in one run.
     pub f: u64,
+    /// Most memory that this process had since the piece was prepared; absent where the
+    /// platform does not tell.
+    pub peak_rss_bytes: Option<u64>,
 }
 
 /// Runs the command. The number of threads is fixed when a process starts, so where the
@@ -102,36 +110,85 @@ pub fn measure(
     args: &Args,
     report: &mut dyn FnMut(&Row) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let known = Piece::ALL.map(|(name, _)| name);
-    if let Some(name) = args.only.iter().find(|name| !known.contains(&name.as_str())) {
+    let known: Vec<String> = (Piece::ALL.map(|(name, _)| name.to_owned()).into_iter())
+        .chain(Training::ALL.map(|(name, _)| name.to_owned()))
+        .chain(op_workload::names())
+        .collect();
+    if let Some(name) = args.only.iter().find(|name| !known.contains(name)) {
+        let known = known.iter().map(String::as_str);
         return Err(Error::unknown("only", "piece", name, known).into());
     }
     let latent = match args.latent.as_deref() {
         Some(&[height, width]) => Some((height, width)),
         _ => None,
     };
-    let workload = Workload::open(&args.model, latent)?;
-    for (name, piece) in Piece::ALL {
-        if !args.only.is_empty() && !args.only.iter().any(|only| only == name) {
+    let open = || -> Result<Workload> {
+        let path = args.model.as_deref();
+        Workload::open(path.ok_or_else(|| Error::invalid("model", "expected a folder"))?, latent)
+    };
+    let usual = Piece::ALL.map(|(name, _)| name);
+    let wanted = |name: &String| match args.only.as_slice() {
+        [] => usual.contains(&name.as_str()),
+        only => only.contains(name),
+    };
+    for name in known.iter().filter(|name| wanted(name)) {
+        if name.starts_with("op_") {
+            report(&row(args, name, None, 0, &mut op_workload::prepare(name)?)?)?;
             continue;
         }
-        let samples = sample(args, piece, &mut workload.prepare(piece)?)?;
-        let (height, width) = workload.latent();
-        let wall: Vec<f64> = samples.iter().map(|s| s.wall).collect();
-        let cpu: Option<Vec<f64>> = samples.iter().map(|s| s.cpu).collect();
-        report(&Row {
-            name,
-            seconds_median: median(wall.clone()),
-            seconds_min: wall.iter().copied().fold(f64::INFINITY, f64::min),
-            cpu_seconds_median: cpu.map(median),
-            runs: samples.len(),
-            threads: args.threads,
-            latent: [height, width],
-            tokens: workload.tokens(),
-            f: workload.forwards(piece),
-        })?;
+        let workload = open()?;
+        let about = Some((workload.latent(), workload.tokens()));
+        if let Some((_, piece)) = Piece::ALL.iter().find(|(piece, _)| piece == name) {
+            let forwards = workload.forwards(*piece);
+            report(&row(args, name, about, forwards, &mut workload.prepare(*piece)?)?)?;
+        }
+        if let Some((_, training)) = Training::ALL.iter().find(|(training, _)| training == name) {
+            let path = args.model.as_deref().unwrap_or(Path::new("."));
+            let mut work = training.prepare(path, workload)?;
+            report(&row(args, name, about, training.batch as u64, &mut work)?)?;
+        }
     }
     Ok(())
+}
+
+/// What a model's workload says of itself: height and width of the latents, and tokens.
+type About = Option<((usize, usize), usize)>;
+
+fn row(args: &Args, name: &str, about: About, f: u64, work: &mut Work) -> Result<Row> {
+    let peak = PeakMemory::start();
+    let samples = sample(args, name == "image_50_steps", work)?;
+    let wall: Vec<f64> = samples.iter().map(|s| s.wall).collect();
+    let cpu: Option<Vec<f64>> = samples.iter().map(|s| s.cpu).collect();
+    Ok(Row {
+        name: name.to_owned(),
+        seconds_median: median(wall.clone()),
+        seconds_min: wall.iter().copied().fold(f64::INFINITY, f64::min),
+        cpu_seconds_median: cpu.map(median),
+        runs: samples.len(),
+        threads: args.threads,
+        latent: about.map(|((height, width), _)| [height, width]),
+        tokens: about.map(|(_, tokens)| tokens),
+        f,
+        peak_rss_bytes: peak.bytes(),
+    })
+}
+
+/// The most memory of this process since a moment, where Linux tells.
+struct PeakMemory;
+
+impl PeakMemory {
+    fn start() -> Self {
+        // Forgets the peak so far: that of reading the weights. Where it cannot, it stays.
+        drop(std::fs::write("/proc/self/clear_refs", "5"));
+        Self
+    }
+
+    fn bytes(&self) -> Option<u64> {
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+        let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        Some(kib * 1024)
+    }
 }
 
 /// Seconds of one run.
@@ -140,7 +197,7 @@ struct Sample {
     cpu: Option<f64>,
 }
 
-fn sample(args: &Args, piece: Piece, work: &mut Work) -> Result<Vec<Sample>> {
+fn sample(args: &Args, long: bool, work: &mut Work) -> Result<Vec<Sample>> {
     let mut once = || -> Result<Sample> {
         let (start, cpu) = (Instant::now(), cpu_time());
         std::hint::black_box(work()?);
@@ -149,7 +206,7 @@ fn sample(args: &Args, piece: Piece, work: &mut Work) -> Result<Vec<Sample>> {
         Ok(Sample { wall, cpu })
     };
     let warm_up = once()?.wall;
-    let slow = piece == Piece::Image && warm_up > args.seconds / LEAST_RUNS as f64;
+    let slow = long && warm_up > args.seconds / LEAST_RUNS as f64;
     let least = if slow { 1 } else { LEAST_RUNS };
     let began = Instant::now();
     let mut samples = Vec::new();
@@ -181,7 +238,7 @@ fn in_words(row: &Row) -> String {
     let milliseconds = |s: f64| format!("{:.3} ms", 1e3 * s);
     let cpu = row.cpu_seconds_median.map_or_else(|| "-".to_owned(), milliseconds);
     format!(
-        "{:<16} median {:>12}  least {:>12}  processor {:>12}  {} runs",
+        "{:<29} median {:>12}  least {:>12}  processor {:>12}  {} runs",
         row.name,
         milliseconds(row.seconds_median),
         milliseconds(row.seconds_min),
@@ -197,7 +254,7 @@ mod tests {
     fn args(only: &[&str]) -> Args {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
         Args {
-            model: root.join("tests/fixtures/parity/ddim_tiny"),
+            model: Some(root.join("tests/fixtures/parity/ddim_tiny")),
             threads: 1,
             runs: 2,
             seconds: 30.0,
@@ -207,17 +264,23 @@ mod tests {
         }
     }
 
-    #[test]
-    fn rows_carry_the_names_and_keys_of_the_pytorch_side() {
+    fn rows_of(only: &[&str]) -> Vec<Row> {
         let mut rows = Vec::new();
-        measure(&args(&[]), &mut |row| {
+        measure(&args(only), &mut |row| {
             rows.push(row.clone());
             Ok(())
         })
         .unwrap();
-        let names: Vec<_> = rows.iter().map(|r| r.name).collect();
+        rows
+    }
+
+    #[test]
+    fn rows_carry_the_names_and_keys_of_the_pytorch_side() {
+        let rows = rows_of(&[]);
+        let names: Vec<_> = rows.iter().map(|r| r.name.as_str()).collect();
         assert_eq!(names, Piece::ALL.map(|(name, _)| name));
-        let script = include_str!("../../tools/bench_torch.py");
+        let (script, timing) =
+            (include_str!("../../tools/bench_torch.py"), include_str!("../../tools/bench_timing.py"));
         for row in &rows {
             assert!(script.contains(&format!("\"{}\"", row.name)), "{}", row.name);
             assert!(
@@ -226,9 +289,24 @@ mod tests {
             assert!(row.cpu_seconds_median.is_none_or(|s| s > 0.0));
             let keys = serde_json::to_value(row).unwrap();
             for key in keys.as_object().unwrap().keys() {
-                assert!(script.contains(&format!("\"{key}\":")), "{key}");
+                assert!(timing.contains(&format!("\"{key}\":")), "{key}");
             }
         }
+        let train = include_str!("../../tools/bench_torch_train.py");
+        assert!(Training::ALL.iter().all(|(name, _)| train.contains(&format!("\"{name}\""))));
+        let ops = include_str!("../../tools/bench_torch_ops.py");
+        let plain = op_workload::names().filter(|name| !name.ends_with("_train"));
+        assert!(plain.into_iter().all(|name| ops.contains(&format!("\"{name}\""))));
+    }
+
+    #[test]
+    fn training_and_operations_are_measured_by_name() {
+        let names = ["unet_forward_backward_lora_b1", "train_step_full_b1", "op_geglu_1024x5120_train"];
+        let rows = rows_of(&names);
+        assert_eq!(rows.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), names);
+        assert_eq!(rows.iter().map(|r| r.f).collect::<Vec<_>>(), [1, 1, 0]);
+        assert!(rows[0].latent.is_some() && rows[2].latent.is_none());
+        assert!(rows.iter().all(|r| r.peak_rss_bytes.is_none_or(|b| b > 1 << 20)));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use crate::diffusion::sdxl_model::{SdxlModel, time_ids};
 use crate::diffusion::solver::{Solver, SolverSpec, evaluations};
 use crate::diffusion::trajectory::{Row, State, Trajectory};
 use crate::sdxl::ModelFolder;
-use crate::sdxl::config::read_json;
+use crate::sdxl::config::{UNetConfig, read_json};
 use crate::sdxl::folder::EncodedText;
 use crate::util::CancelToken;
 use crate::{Error, Result};
@@ -55,6 +55,15 @@ impl Piece {
         ("text_encode", Self::TextEncode),
         ("image_50_steps", Self::Image),
     ];
+}
+
+/// The arguments of a U-Net forward.
+pub struct Inputs {
+    pub x: Tensor,
+    pub t: Tensor,
+    pub context: Tensor,
+    pub pooled: Tensor,
+    pub sizes: Tensor,
 }
 
 /// Does a piece of work once and gives its result.
@@ -124,12 +133,7 @@ impl Workload {
         let folder = self.model.0.folder();
         match piece {
             Piece::UnetForward(batch) => {
-                let x = self.latents(batch)?;
-                let t = Tensor::full(TIMESTEP, batch, &Device::Cpu)?;
-                let text = self.text()?;
-                let context = text.context.repeat((batch, 1, 1))?;
-                let pooled = text.pooled.repeat((batch, 1))?;
-                let sizes = Tensor::new(&[self.time_ids()], &Device::Cpu)?.repeat((batch, 1))?;
+                let Inputs { x, t, context, pooled, sizes } = self.inputs(batch)?;
                 Ok(Box::new(move || folder.unet.forward(&x, &t, &context, &pooled, &sizes)))
             }
             Piece::VaeDecode => {
@@ -142,6 +146,25 @@ impl Workload {
                 Ok(Box::new(move || self.image(&noise, &Meter::new(Budget::default()))))
             }
         }
+    }
+
+    /// What a U-Net forward of that batch takes.
+    ///
+    /// # Errors
+    /// The text towers'.
+    pub fn inputs(&self, batch: usize) -> Result<Inputs> {
+        let text = self.text()?;
+        Ok(Inputs {
+            x: self.latents(batch)?,
+            t: Tensor::full(TIMESTEP, batch, &Device::Cpu)?,
+            context: text.context.repeat((batch, 1, 1))?,
+            pooled: text.pooled.repeat((batch, 1))?,
+            sizes: Tensor::new(&[self.time_ids()], &Device::Cpu)?.repeat((batch, 1))?,
+        })
+    }
+
+    pub fn unet_config(&self) -> UNetConfig {
+        self.model.0.folder().unet_config.clone()
     }
 
     /// One image in [0, 1] from unit noise, as a server would make it, short of 8 bits.
@@ -185,7 +208,11 @@ impl Workload {
         time_ids((factor * width) as u32, (factor * height) as u32)
     }
 
-    fn latents(&self, batch: usize) -> Result<Tensor> {
+    /// Unit noise of that batch.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub fn latents(&self, batch: usize) -> Result<Tensor> {
         let rows: Vec<u64> = (0..batch as u64).collect();
         KEY.normal_rows(Purpose::InitialLatent, 0, &rows, self.latent, &Device::Cpu)
     }

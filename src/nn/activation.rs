@@ -1,11 +1,11 @@
 //! Activations, and the gated GELU of the transformers.
 
 use candle_core::{D, Device, Result, Tensor, bail};
-use rayon::prelude::*;
 
 use super::autograd::attach;
 use super::kernel::{PARALLEL_FROM, Real, View, dispatch, fused, sigmoid, uninitialised};
 use super::simd::{Level, vectorised};
+use super::threads;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
@@ -55,51 +55,51 @@ impl Activation {
     }
 
     #[inline(always)]
-    fn value<T: Real>(self, x: T) -> T {
+    fn value<const FMA: bool, T: Real>(self, x: T) -> T {
         match self {
-            Self::Silu => x * sigmoid(x),
-            Self::QuickGelu => x * sigmoid(T::from_f64(1.702) * x),
-            Self::Gelu => x * normal_cdf(x),
+            Self::Silu => x * sigmoid::<FMA, T>(x),
+            Self::QuickGelu => x * sigmoid::<FMA, T>(T::from_f64(1.702) * x),
+            Self::Gelu => x * normal_cdf::<FMA, T>(x),
         }
     }
 
     #[inline(always)]
-    fn slope<T: Real>(self, x: T) -> T {
+    fn slope<const FMA: bool, T: Real>(self, x: T) -> T {
         let gate = |slope: T| {
-            let s = sigmoid(slope * x);
+            let s = sigmoid::<FMA, T>(slope * x);
             s * (T::ONE + slope * x * (T::ONE - s))
         };
         match self {
             Self::Silu => gate(T::ONE),
             Self::QuickGelu => gate(T::from_f64(1.702)),
-            Self::Gelu => gelu_slope(x),
+            Self::Gelu => gelu_slope::<FMA, T>(x),
         }
     }
 }
 
 /// Φ(x)
 #[inline(always)]
-fn normal_cdf<T: Real>(x: T) -> T {
+fn normal_cdf<const FMA: bool, T: Real>(x: T) -> T {
     let half = T::from_f64(0.5);
-    half + half * (x * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).error_function()
+    half + half * (x * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).error_function::<FMA>()
 }
 
 /// Φ(x) + x · φ(x)
 #[inline(always)]
-fn gelu_slope<T: Real>(x: T) -> T {
+fn gelu_slope<const FMA: bool, T: Real>(x: T) -> T {
     const DENSITY_AT_ZERO: f64 = 0.398_942_280_401_432_7;
-    let density = (T::from_f64(-0.5) * x * x).exponential() * T::from_f64(DENSITY_AT_ZERO);
-    normal_cdf(x) + x * density
+    let density = (T::from_f64(-0.5) * x * x).exponential::<FMA>() * T::from_f64(DENSITY_AT_ZERO);
+    normal_cdf::<FMA, T>(x) + x * density
 }
 
 vectorised! {
     fn values<T: Real>(activation: Activation, x: &[T], y: &mut [T]) {
         // One loop each, so that each vectorises.
         match activation {
-            Activation::Silu => y.iter_mut().zip(x).for_each(|(y, x)| *y = Activation::Silu.value(*x)),
-            Activation::Gelu => y.iter_mut().zip(x).for_each(|(y, x)| *y = Activation::Gelu.value(*x)),
+            Activation::Silu => y.iter_mut().zip(x).for_each(|(y, x)| *y = Activation::Silu.value::<FMA, T>(*x)),
+            Activation::Gelu => y.iter_mut().zip(x).for_each(|(y, x)| *y = Activation::Gelu.value::<FMA, T>(*x)),
             Activation::QuickGelu => {
-                y.iter_mut().zip(x).for_each(|(y, x)| *y = Activation::QuickGelu.value(*x));
+                y.iter_mut().zip(x).for_each(|(y, x)| *y = Activation::QuickGelu.value::<FMA, T>(*x));
             }
         }
     }
@@ -110,7 +110,7 @@ vectorised! {
         macro_rules! each {
             ($activation:expr) => {
                 for ((dx, dy), x) in dx.iter_mut().zip(dy).zip(x) {
-                    *dx = *dy * $activation.slope(*x);
+                    *dx = *dy * $activation.slope::<FMA, T>(*x);
                 }
             };
         }
@@ -138,13 +138,12 @@ fn spread<T: Real>(
 ) {
     const PIECE: usize = 1 << 14;
     let rows = (PIECE / unit.max(1)).max(1);
-    if to.len() < PARALLEL_FROM {
+    let parallel = to.len() >= PARALLEL_FROM;
+    threads::chunks(to, rows * unit, parallel, |i, to| {
+        let (first, count) = (i * rows, to.len() / unit.max(1));
+        let (a, b) = (&a[first * a_unit..][..count * a_unit], &b[first * b_unit..][..count * b_unit]);
         each(to, (a, b));
-        return;
-    }
-    to.par_chunks_mut(rows * unit)
-        .zip(a.par_chunks(rows * a_unit).zip(b.par_chunks(rows * b_unit)))
-        .for_each(|(to, from)| each(to, from));
+    });
 }
 
 /// `value · gelu(gate)` of [..., 2n] = (value, gate) → [..., n] (GEGLU, arXiv 2002.05202).
@@ -190,7 +189,7 @@ vectorised! {
         for (y, x) in y.chunks_exact_mut(half).zip(x.chunks_exact(2 * half)) {
             let (value, gate) = x.split_at(half);
             for ((y, v), g) in y.iter_mut().zip(value).zip(gate) {
-                *y = *v * Activation::Gelu.value(*g);
+                *y = *v * Activation::Gelu.value::<FMA, T>(*g);
             }
         }
     }
@@ -204,8 +203,8 @@ vectorised! {
             for (((dv, dg), (v, g)), dy) in
                 dvalue.iter_mut().zip(dgate).zip(value.iter().zip(gate)).zip(dy)
             {
-                *dv = *dy * Activation::Gelu.value(*g);
-                *dg = *dy * *v * Activation::Gelu.slope(*g);
+                *dv = *dy * Activation::Gelu.value::<FMA, T>(*g);
+                *dg = *dy * *v * Activation::Gelu.slope::<FMA, T>(*g);
             }
         }
     }
@@ -219,8 +218,10 @@ mod tests {
     fn the_error_function_is_accurate() {
         for i in -60_000..=60_000 {
             let x = i as f32 * 1e-4;
-            let error = (f64::from(x.error_function()) - libm::erf(f64::from(x))).abs();
-            assert!(error < 4e-7, "erf({x}) is off by {error:e}");
+            for y in [x.error_function::<false>(), x.error_function::<true>()] {
+                let error = (f64::from(y) - libm::erf(f64::from(x))).abs();
+                assert!(error < 4e-7, "erf({x}) is off by {error:e}");
+            }
         }
     }
 }

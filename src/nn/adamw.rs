@@ -370,6 +370,7 @@ pub fn add_scaled(sum: Tensor, gradient: &Tensor, scale: f64) -> Result<Tensor> 
 pub fn squared_norm_of(x: &Tensor) -> Result<f64> {
     let x = x.detach();
     if x.device().is_cpu() && x.dtype() == DType::F32 {
+        let x = x.contiguous()?;
         return Ok(squared_norm(&View::of(&x)?));
     }
     x.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar()

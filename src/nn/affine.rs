@@ -1,14 +1,15 @@
 //! Products with weights, over rows or over the windows of images: values and gradients
 //! on slices.
 
-use rayon::prelude::*;
+use std::borrow::Cow;
 
 use super::gemm::{
-    Columns, Finish, Packed, Plain, RightSource, Rows, Strided, add, product,
+    Columns, Finish, FlippedTaps, NR, Packed, Plain, RightSource, Rows, Transposed, add, product,
 };
-use super::kernel::{Real, uninitialised};
-use super::simd::Level;
-use super::window::{Patches, TapColumns, Window};
+use super::kernel::{PARALLEL_FROM, Real, uninitialised};
+use super::simd::{Level, vectorised};
+use super::threads;
+use super::window::{Patches, Window};
 
 /// `y = W ∗ x`: a product of rows [rows, inner] with a weight [outer, inner], or a convolution
 /// of images with a weight [outer, channels, kh, kw].
@@ -42,25 +43,31 @@ impl Map {
         self.window.map_or(self.rows * self.inner, |w| w.input())
     }
 
-    fn right<'a, T: Real>(&self, weight: &'a [T]) -> Strided<'a, T> {
-        match &self.window {
-            None => Strided::transposed(weight, self.outer, self.inner),
-            Some(window) => Strided {
-                data: weight,
-                columns: self.outer,
-                inner: window.channels,
-                inner_stride: window.taps(),
-                column_stride: self.inner,
-                taps: window.taps(),
-                tap_stride: 1,
-                flipped: false,
-            },
-        }
+    /// The weight as [outer, (tap, channel)]; checkpoints have (channel, tap).
+    fn ordered<'a, T: Real>(&self, weight: &'a [T]) -> Cow<'a, [T]> {
+        let Some(window) = self.window.filter(|w| w.taps() > 1) else {
+            return Cow::Borrowed(weight);
+        };
+        let mut ordered = uninitialised(weight.len());
+        threads::chunks(&mut ordered, self.inner, weight.len() >= PARALLEL_FROM, |i, to| {
+            interleave(Level::current(), &weight[i * self.inner..], window.taps(), to);
+        });
+        Cow::Owned(ordered)
     }
 
     /// The weight in the form that [`Map::forward`] is fastest with.
     pub fn pack<T: Real>(&self, weight: &[T]) -> Packed<T> {
-        Packed::new(&self.right(weight), self.inner, self.outer)
+        let ordered = self.ordered(weight);
+        Packed::new(&self.right(&ordered), self.inner, self.outer)
+    }
+
+    /// Bytes of [`Map::pack`]'s result.
+    pub fn packed_bytes<T>(&self) -> usize {
+        self.outer.next_multiple_of(NR) * self.inner * size_of::<T>()
+    }
+
+    fn right<'a, T: Real>(&self, ordered: &'a [T]) -> Transposed<'a, T> {
+        Transposed { data: ordered, stride: self.inner, columns: self.outer }
     }
 
     /// `y` [rows, outer] = or += W ∗ `x`, then `finish`.
@@ -75,7 +82,7 @@ impl Map {
     ) {
         match packed {
             Some(packed) => self.times(x, packed, y, accumulate, finish),
-            None => self.times(x, &self.right(weight), y, accumulate, finish),
+            None => self.times(x, &self.right(&self.ordered(weight)), y, accumulate, finish),
         }
     }
 
@@ -108,19 +115,12 @@ impl Map {
             product((self.rows, self.inner, self.outer), &left, &right, dx, accumulate, &nothing);
             return;
         };
+        let ordered = self.ordered(weight);
         let direct = window.enlarged == (window.height, window.width);
         let pixels = window.batch * window.enlarged.0 * window.enlarged.1;
         if let Some(adjoint) = window.adjoint(self.outer) {
-            let right = Strided {
-                data: weight,
-                columns: window.channels,
-                inner: self.outer,
-                inner_stride: self.inner,
-                column_stride: window.taps(),
-                taps: window.taps(),
-                tap_stride: 1,
-                flipped: true,
-            };
+            let (taps, channels) = (window.taps(), window.channels);
+            let right = FlippedTaps { data: &ordered[..], outer: self.outer, taps, channels };
             let sizes = (pixels, window.channels, self.outer * window.taps());
             let left = Patches { window: &adjoint, images: dy };
             if direct {
@@ -135,8 +135,7 @@ impl Map {
             window.shrink(&enlarged, dx);
             return;
         }
-        let right =
-            TapColumns { weight, channels: window.channels, taps: window.taps() };
+        let right = Plain { data: &ordered[..], stride: self.inner, columns: self.inner };
         let mut columns = uninitialised(self.rows * self.inner);
         let left = Rows { data: dy, stride: self.outer };
         product((self.rows, self.inner, self.outer), &left, &right, &mut columns, false, &nothing);
@@ -166,17 +165,23 @@ impl Map {
         product(sizes, &left, &Patches { window, images: x }, &mut dw, false, &nothing);
         let (taps, channels) = (window.taps(), window.channels);
         if taps > 1 {
-            // From (tap, channel) to the weight's (channel, tap).
-            dw.par_chunks_mut(self.inner).for_each_init(Vec::new, |copy, row| {
-                copy.clear();
-                copy.extend_from_slice(row);
-                for (tap, from) in copy.chunks_exact(channels).enumerate() {
-                    let to = row[tap..].iter_mut().step_by(taps);
-                    to.zip(from).for_each(|(to, from)| *to = *from);
-                }
+            threads::chunks(&mut dw, self.inner, true, |_, row| {
+                interleave(Level::current(), &row.to_vec(), channels, row);
             });
         }
         dw
+    }
+}
+
+vectorised! {
+    /// The transpose of `from` [to.len() / width, width].
+    fn interleave<T: Real>(from: &[T], width: usize, to: &mut [T]) {
+        let rows = to.len() / width;
+        for (i, to) in to.chunks_exact_mut(rows).enumerate() {
+            for (to, from) in to.iter_mut().zip(from[i..].iter().step_by(width)) {
+                *to = *from;
+            }
+        }
     }
 }
 
@@ -189,7 +194,10 @@ pub fn column_sums<T: Real>(rows: &[T], n: usize) -> Vec<T> {
         rows.chunks_exact(n).for_each(|row| add(level, &mut sums, row));
         sums
     };
-    let parts: Vec<Vec<T>> = rows.par_chunks(CHUNK * n.max(1)).map(sum).collect();
+    let piece = CHUNK * n.max(1);
+    let parts = threads::map(rows.len().div_ceil(piece), rows.len() >= PARALLEL_FROM, |i| {
+        sum(&rows[i * piece..rows.len().min((i + 1) * piece)])
+    });
     let mut parts = parts.into_iter();
     let mut total = parts.next().unwrap_or_else(|| vec![T::ZERO; n]);
     parts.for_each(|part| add(level, &mut total, &part));

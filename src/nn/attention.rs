@@ -93,7 +93,8 @@ fn composed(
         let length = slice.min(targets - start);
         let mut scores = q.narrow(2, start, length)?.contiguous()?.matmul(&kt)?;
         if let Some(mask) = mask {
-            scores = scores.broadcast_add(&mask.narrow(0, start, length)?)?;
+            let mask = mask.to_dtype(scores.dtype())?.narrow(0, start, length)?;
+            scores = scores.broadcast_add(&mask)?;
         }
         let e = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
         parts.push(e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?.matmul(&v)?);

@@ -1,15 +1,61 @@
 //! Backward passes for what the kernels compute.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, WithDType,
-    bail,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, TensorId,
+    WithDType, bail,
 };
+
+use super::adamw::add_scaled;
 
 thread_local! {
     static OFF: Cell<bool> = const { Cell::new(false) };
+    static SUMS: RefCell<Sums> = RefCell::default();
+}
+
+/// Sums of gradients by variable.
+pub type Sums = HashMap<TensorId, Sum>;
+
+/// The sum of one variable's gradients.
+#[derive(Clone, Debug, Default)]
+pub struct Sum {
+    /// None before the first gradient.
+    pub total: Option<Tensor>,
+    /// Whether [`summing`] added any.
+    pub found: bool,
+}
+
+/// Runs `f`, which calls `backward` on this thread, and adds the gradients that the layers of
+/// this floor find for the variables of `sums` there, in place, as they are found: candle's
+/// own sums begin with zeros and make a new tensor for each addition.
+///
+/// What other operations find for these variables stays in `backward`'s result.
+pub fn summing<R>(sums: &mut Sums, f: impl FnOnce() -> R) -> R {
+    struct Restore<'a>(&'a mut Sums, Option<Sums>);
+    impl Drop for Restore<'_> {
+        fn drop(&mut self) {
+            *self.0 = SUMS.replace(self.1.take().unwrap_or_default());
+        }
+    }
+    let before = SUMS.replace(std::mem::take(sums));
+    let _restore = Restore(sums, Some(before));
+    f()
+}
+
+/// Adds to the sum of a variable, where there is one; gives the gradient back where not.
+fn summed(id: TensorId, gradient: Tensor) -> Result<Option<Tensor>> {
+    SUMS.with_borrow_mut(|sums| {
+        let Some(sum) = sums.get_mut(&id) else { return Ok(Some(gradient)) };
+        sum.found = true;
+        sum.total = Some(match sum.total.take() {
+            Some(total) => add_scaled(total, &gradient, 1.0)?,
+            None => gradient,
+        });
+        Ok(None)
+    })
 }
 
 /// Runs `f` without recording a graph for the layers of this floor that it calls on this
@@ -34,7 +80,8 @@ pub fn wanted(x: &Tensor) -> bool {
 type Backward = dyn Fn(&Tensor) -> Result<Vec<Tensor>> + Send + Sync;
 
 /// A tensor of `values`, whose gradient `backward` (given a contiguous tensor of `shape`)
-/// turns into the gradients of `inputs`: exactly of those that [`wanted`] names, in order.
+/// turns into the gradients of `inputs`: exactly of those that [`wanted`] names, in order. A
+/// variable's gradient must have memory of its own, to which others may be added.
 ///
 /// candle's custom operations take at most three inputs, so more are chained: every link
 /// hands the gradient on to the one before.
@@ -64,7 +111,7 @@ pub fn attach<T: WithDType>(
                 shape.clone(),
             ))),
             shared: shared.clone(),
-            own: own.len(),
+            own: own.iter().map(|x| x.is_variable().then(|| x.id())).collect(),
             first: i == 0,
             last: i + 1 == count,
         };
@@ -90,8 +137,8 @@ struct Shared {
 struct Link {
     output: Mutex<Option<(CpuStorage, Shape)>>,
     shared: Arc<Shared>,
-    /// Inputs other than the link before.
-    own: usize,
+    /// Inputs other than the link before, and which of them are variables.
+    own: Vec<Option<TensorId>>,
     first: bool,
     last: bool,
 }
@@ -108,17 +155,25 @@ impl Link {
         if self.last {
             *rest = (self.shared.backward)(&gradient.contiguous()?)?;
         }
-        if rest.len() < self.own {
-            bail!("a backward pass gave {} gradients, expected {}", rest.len(), self.own);
+        let count = self.own.len();
+        if rest.len() < count {
+            bail!("a backward pass gave {} gradients, expected {count}", rest.len());
         }
-        let at = rest.len() - self.own;
-        let mut own = rest.split_off(at).into_iter().map(Some);
-        let mut next = || own.next().flatten();
-        if self.first {
-            Ok([next(), next(), next()])
-        } else {
-            Ok([Some(gradient.clone()), next(), next()])
+        let at = rest.len() - count;
+        let mut found = [const { None }; 3];
+        let mut places = found.iter_mut();
+        if !self.first
+            && let Some(place) = places.next()
+        {
+            *place = Some(gradient.clone());
         }
+        for ((place, gradient), id) in places.zip(rest.split_off(at)).zip(&self.own) {
+            *place = match id {
+                Some(id) => summed(*id, gradient)?,
+                None => Some(gradient),
+            };
+        }
+        Ok(found)
     }
 }
 

@@ -3,13 +3,12 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::gemm::{
-    KC, LEFT_STRIDE, Left, MR, NR, Packed, Plain, Strided, Tile, copy, with_scratch,
+    KC, LEFT_STRIDE, Left, MR, NR, Packed, Plain, Tile, Transposed, copy, with_scratch,
 };
 use super::kernel::{Real, sum_by, uninitialised};
 use super::simd::{Level, vectorised};
+use super::threads;
 
 /// Multiply-adds below which the work stays on one thread.
 const SERIAL: usize = 1 << 17;
@@ -53,10 +52,8 @@ impl Heads {
 
     /// The transpose of one head's [length, size] as a right operand.
     fn transposed<T: Real>(&self, x: &[T], head: usize, length: usize) -> Packed<T> {
-        let source = Strided {
-            column_stride: self.width(),
-            ..Strided::transposed(&x[self.offset(head, length)..], length, self.size)
-        };
+        let data = &x[self.offset(head, length)..];
+        let source = Transposed { data, stride: self.width(), columns: length };
         Packed::new(&source, self.size, length)
     }
 
@@ -160,7 +157,7 @@ fn max_of<T: Real>(values: &[T]) -> T {
 vectorised! {
     /// Scores to e^(score − max); gives their sum.
     fn exponentials<T: Real>(scores: &mut [T], max: T) -> T {
-        scores.iter_mut().for_each(|s| *s = (*s - max).exponential());
+        scores.iter_mut().for_each(|s| *s = (*s - max).exponential::<FMA>());
         sum_by(scores, |v| v)
     }
 }
@@ -197,21 +194,15 @@ pub fn forward<T: Real>(
         }
     };
     let packs = |head: usize| (h.transposed(k, head, h.sources), h.plain(v, head, h.sources));
-    if h.work() <= SERIAL {
-        for head in 0..heads {
-            let (kt, v) = packs(head);
-            one(head, 0..blocks, &kt, &v);
-        }
-    } else {
-        (0..heads).into_par_iter().for_each(|head| {
-            let (kt, v) = packs(head);
-            // One large head still keeps all threads busy.
-            let parts = if heads < rayon::current_num_threads() { blocks.div_ceil(8) } else { 1 };
-            (0..parts).into_par_iter().for_each(|p| {
-                one(head, blocks * p / parts..blocks * (p + 1) / parts, &kt, &v);
-            });
+    let parallel = h.work() > SERIAL;
+    // One large head still keeps all threads busy.
+    let parts = if parallel && heads < threads::count() { blocks.div_ceil(8) } else { 1 };
+    threads::each(heads, parallel, |head| {
+        let (kt, v) = packs(head);
+        threads::each(parts, parallel, |p| {
+            one(head, blocks * p / parts..blocks * (p + 1) / parts, &kt, &v);
         });
-    }
+    });
     (out, normalisers)
 }
 
@@ -248,19 +239,22 @@ impl<T: Real> Block<'_, T> {
                     let row = &mut scores[i * LEFT_STRIDE..][..keys.len()];
                     let mask = self.mask.map(|m| &m[(rows.start + i) * h.sources..][keys.clone()]);
                     let max = masked_max(level, row, mask);
-                    let first = start == 0;
-                    let max = if first || max > maxima[i] { max } else { maxima[i] };
-                    // A row that sees nothing yet has no maximum to subtract.
-                    let base = if max.to_f64() == f64::NEG_INFINITY { T::ZERO } else { max };
-                    let sum = exponentials(level, row, base);
-                    if first {
-                        sums[i] = sum;
-                    } else {
-                        let keep = (maxima[i] - base).exponential();
+                    let seen = start > 0 && sums[i] > T::ZERO;
+                    if max.to_f64() == f64::NEG_INFINITY {
+                        // Nothing of this tile is seen: e^-∞ is not quite 0 in the kernels.
+                        row.fill(T::ZERO);
+                        continue;
+                    }
+                    let max = if seen && maxima[i] > max { maxima[i] } else { max };
+                    let sum = exponentials(level, row, max);
+                    if seen {
+                        let keep = (maxima[i] - max).exponential::<false>();
                         sums[i] = sums[i] * keep + sum;
                         multiply(level, &mut o[i * o_stride..][..size], keep);
+                    } else {
+                        sums[i] = sum;
                     }
-                    maxima[i] = base;
+                    maxima[i] = max;
                 }
                 let from = (scores.as_ptr(), Left::Rows);
                 let to = (o.as_mut_ptr(), o_stride);
@@ -322,8 +316,7 @@ pub fn backward<T: Real>(
         };
         back.run(dq, dk, dv);
     };
-    let heads = h.batch * h.heads;
-    if h.work() <= SERIAL { (0..heads).for_each(one) } else { (0..heads).into_par_iter().for_each(one) }
+    threads::each(h.batch * h.heads, h.work() > SERIAL, one);
     gradients
 }
 
@@ -346,7 +339,7 @@ vectorised! {
     /// p = e^(score − normaliser) in place of scores; ds = p · (dp − delta) · scale in place of dp.
     fn probabilities<T: Real>(scores: &mut [T], dp: &mut [T], normaliser: T, delta: T, scale: T) {
         for (s, d) in scores.iter_mut().zip(dp) {
-            *s = (*s - normaliser).exponential();
+            *s = (*s - normaliser).exponential::<FMA>();
             *d = *s * (*d - delta) * scale;
         }
     }

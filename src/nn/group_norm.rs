@@ -2,10 +2,9 @@
 //! slices. Sums run over channels in vectors and over positions in pieces of fixed size, so
 //! results do not depend on threads or on the batch.
 
-use rayon::prelude::*;
-
 use super::kernel::{PARALLEL_FROM, Real, sigmoid, uninitialised};
 use super::simd::{Level, vectorised};
+use super::threads;
 
 /// Positions that one task takes, and after which sums go over to f64.
 const PIECE: usize = 128;
@@ -33,51 +32,45 @@ impl Groups {
         self.batch * self.image() >= PARALLEL_FROM
     }
 
-    /// Sums of every channel over an image's positions: `each` adds a piece's sums of two
-    /// kinds to its arguments.
-    fn sums<T: Real>(&self, each: impl Fn(usize, &mut [T], &mut [T]) + Sync) -> [Vec<f64>; 2] {
-        let piece = |i: usize| {
-            let mut sums = [vec![T::ZERO; self.channels], vec![T::ZERO; self.channels]];
-            let [a, b] = &mut sums;
-            each(i, a, b);
-            sums
-        };
-        let pieces = self.positions.div_ceil(PIECE);
-        let all: Vec<[Vec<T>; 2]> = if self.parallel() {
-            (0..pieces).into_par_iter().map(piece).collect()
-        } else {
-            (0..pieces).map(piece).collect()
-        };
-        let mut total = [vec![0.0; self.channels], vec![0.0; self.channels]];
-        for piece in all {
-            for (total, piece) in total.iter_mut().zip(piece) {
-                total.iter_mut().zip(piece).for_each(|(t, p)| *t += p.to_f64());
-            }
-        }
-        total
+    /// What `each(piece, range of the image)` gives for every piece of an image's positions.
+    fn over_pieces<R: Send>(
+        &self,
+        each: impl Fn(std::ops::Range<usize>) -> R + Sync + Send,
+    ) -> Vec<R> {
+        let length = PIECE * self.channels;
+        threads::map(self.positions.div_ceil(PIECE), self.parallel(), |i| {
+            each(i * length..self.image().min((i + 1) * length))
+        })
     }
 
-    /// One image's groups. Around each channel's first value, so that squares do not cancel.
+    /// One image's groups: every piece's channels about their own means, so that no outlier
+    /// makes squares cancel, then all together (Chan, Golub and LeVeque 1983).
     fn statistics<T: Real>(&self, level: Level, image: &[T]) -> Vec<(f64, f64)> {
-        let (c, n) = (self.channels, self.positions as f64);
-        let pilot = &image[..c];
-        let [sums, squares] = self.sums(|i, sums, squares| {
-            let rows = &image[i * PIECE * c..self.image().min((i + 1) * PIECE * c)];
-            moments(level, rows, pilot, sums, squares);
+        let (c, width) = (self.channels, self.channels / self.groups);
+        let pieces = self.over_pieces(|range| {
+            let rows = &image[range];
+            let mut sums = vec![T::ZERO; 3 * c];
+            let (means, rest) = sums.split_at_mut(c);
+            let (sums, squares) = rest.split_at_mut(c);
+            moments(level, rows, means, sums, squares);
+            let n = (rows.len() / c) as f64;
+            let channel = |i: usize| {
+                let (mean, sum) = (means[i].to_f64(), sums[i].to_f64());
+                (n, mean + sum / n, (squares[i].to_f64() - sum * sum / n).max(0.0))
+            };
+            (0..c).map(channel).collect::<Vec<_>>()
         });
-        let width = c / self.groups;
         (0..self.groups)
             .map(|g| {
-                let channels = g * width..(g + 1) * width;
-                let at = |i: usize| pilot[i].to_f64();
-                let means = channels.clone().map(|i| at(i) + sums[i] / n);
-                let mean = means.sum::<f64>() / width as f64;
-                let variances = channels.map(|i| {
-                    let shift = at(i) - mean;
-                    squares[i] / n + 2.0 * shift * sums[i] / n + shift * shift
-                });
-                let variance = variances.sum::<f64>().max(0.0) / width as f64;
-                (mean, 1.0 / (variance + self.eps).sqrt())
+                let (mut count, mut mean, mut deviation) = (0.0, 0.0, 0.0);
+                let parts = pieces.iter().flat_map(|piece| &piece[g * width..(g + 1) * width]);
+                for (n, part, squares) in parts {
+                    let (total, difference) = (count + n, part - mean);
+                    mean += difference * n / total;
+                    deviation += squares + difference * difference * count * n / total;
+                    count = total;
+                }
+                (mean, 1.0 / (deviation / count + self.eps).sqrt())
             })
             .collect()
     }
@@ -91,54 +84,70 @@ impl Groups {
         each: impl Fn(&mut [T], &[T], &[T]) + Sync,
     ) {
         let length = PIECE * self.channels;
-        if self.parallel() {
-            to.par_chunks_mut(length)
-                .zip(a.par_chunks(length).zip(b.par_chunks(length)))
-                .for_each(|(to, (a, b))| each(to, a, b));
-        } else {
-            each(to, a, b);
-        }
+        threads::chunks(to, length, self.parallel(), |i, to| {
+            let piece = i * length..i * length + to.len();
+            each(to, &a[piece.clone()], &b[piece]);
+        });
     }
 
-    /// Per channel: factor and summand that take x to x̂·w + b.
-    fn affine<T: Real>(&self, statistics: &[(f64, f64)], w: &[T], b: &[T]) -> (Vec<T>, Vec<T>) {
+    /// Per channel: what takes x to x̂·w + b.
+    fn affine<T: Real>(&self, statistics: &[(f64, f64)], w: &[T], b: &[T]) -> Affine<T> {
         let width = self.channels / self.groups;
-        let each = |c: usize| {
+        let mut affine = Affine { centre: Vec::new(), factor: Vec::new(), summand: Vec::new() };
+        for c in 0..self.channels {
             let (mean, scale) = statistics[c / width];
-            let factor = w[c].to_f64() * scale;
-            (T::from_f64(factor), T::from_f64(b[c].to_f64() - mean * factor))
-        };
-        (0..self.channels).map(each).unzip()
+            let (centre, factor) = (T::from_f64(mean), w[c].to_f64() * scale);
+            affine.centre.push(centre);
+            affine.factor.push(T::from_f64(factor));
+            affine.summand.push(T::from_f64(b[c].to_f64() + (centre.to_f64() - mean) * factor));
+        }
+        affine
     }
 }
 
+/// (x − centre) · factor + summand, per channel: a large mean costs no digits.
+struct Affine<T> {
+    centre: Vec<T>,
+    factor: Vec<T>,
+    summand: Vec<T>,
+}
+
 vectorised! {
-    fn moments<T: Real>(rows: &[T], pilot: &[T], sums: &mut [T], squares: &mut [T]) {
-        let c = pilot.len();
+    /// Means, then sums and squares of what is left.
+    fn moments<T: Real>(rows: &[T], means: &mut [T], sums: &mut [T], squares: &mut [T]) {
+        let c = means.len();
         let (sums, squares) = (&mut sums[..c], &mut squares[..c]);
         for row in rows.chunks_exact(c) {
             for i in 0..c {
-                let d = row[i] - pilot[i];
+                means[i] += row[i];
+            }
+        }
+        let scale = T::from_f64(c as f64 / rows.len() as f64);
+        means.iter_mut().for_each(|m| *m *= scale);
+        for row in rows.chunks_exact(c) {
+            for i in 0..c {
+                let d = row[i] - means[i];
                 sums[i] += d;
-                squares[i] += d * d;
+                squares[i] = d.times_plus::<FMA>(d, squares[i]);
             }
         }
     }
 }
 
 vectorised! {
-    fn normalise<T: Real>(x: &[T], factor: &[T], summand: &[T], silu: bool, y: &mut [T]) {
-        let c = factor.len();
-        let summand = &summand[..c];
+    fn normalise<T: Real>(x: &[T], affine: &Affine<T>, silu: bool, y: &mut [T]) {
+        let c = affine.factor.len();
+        let (centre, summand) = (&affine.centre[..c], &affine.summand[..c]);
+        let factor = &affine.factor[..c];
         for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
             if silu {
                 for i in 0..c {
-                    let z = x[i] * factor[i] + summand[i];
-                    y[i] = z * sigmoid(z);
+                    let z = (x[i] - centre[i]).times_plus::<FMA>(factor[i], summand[i]);
+                    y[i] = z * sigmoid::<FMA, T>(z);
                 }
             } else {
                 for i in 0..c {
-                    y[i] = x[i] * factor[i] + summand[i];
+                    y[i] = (x[i] - centre[i]).times_plus::<FMA>(factor[i], summand[i]);
                 }
             }
         }
@@ -154,29 +163,28 @@ pub fn forward<T: Real>(g: &Groups, x: &[T], w: &[T], b: &[T]) -> (Vec<T>, Stati
     let mut all = Vec::with_capacity(g.batch * g.groups);
     for (y, x) in y.chunks_exact_mut(g.image()).zip(x.chunks_exact(g.image())) {
         let statistics = g.statistics(level, x);
-        let (factor, summand) = g.affine(&statistics, w, b);
-        g.pieces(y, x, x, |y, x, _| normalise(level, x, &factor, &summand, g.silu, y));
+        let affine = g.affine(&statistics, w, b);
+        g.pieces(y, x, x, |y, x, _| normalise(level, x, &affine, g.silu, y));
         all.extend(statistics);
     }
     (y, Statistics(all))
 }
 
 vectorised! {
-    /// dz = dy · silu'(z) with z = x · factor + summand; dy itself without SiLU.
-    fn activated<T: Real>(
-        x: &[T], dy: &[T], factor: &[T], summand: &[T], silu: bool, dz: &mut [T],
-    ) {
+    /// dz = dy · silu'(z) with z the normalised x; dy itself without SiLU.
+    fn activated<T: Real>(x: &[T], dy: &[T], affine: &Affine<T>, silu: bool, dz: &mut [T]) {
         if !silu {
             dz.copy_from_slice(dy);
             return;
         }
-        let c = factor.len();
-        let summand = &summand[..c];
+        let c = affine.factor.len();
+        let (centre, summand) = (&affine.centre[..c], &affine.summand[..c]);
+        let factor = &affine.factor[..c];
         let rows = x.chunks_exact(c).zip(dy.chunks_exact(c));
         for (dz, (x, dy)) in dz.chunks_exact_mut(c).zip(rows) {
             for i in 0..c {
-                let z = x[i] * factor[i] + summand[i];
-                let s = sigmoid(z);
+                let z = (x[i] - centre[i]).times_plus::<FMA>(factor[i], summand[i]);
+                let s = sigmoid::<FMA, T>(z);
                 dz[i] = dy[i] * s * (T::ONE + z * (T::ONE - s));
             }
         }
@@ -184,29 +192,30 @@ vectorised! {
 }
 
 vectorised! {
-    /// Adds Σ dz and Σ dz · (x − pilot) over rows.
+    /// Adds Σ dz and Σ dz · (x − centre) over rows.
     fn products<T: Real>(
-        x: &[T], dz: &[T], pilot: &[T], sums: &mut [T], dots: &mut [T],
+        x: &[T], dz: &[T], centre: &[T], sums: &mut [T], dots: &mut [T],
     ) {
-        let c = pilot.len();
+        let c = centre.len();
         let (sums, dots) = (&mut sums[..c], &mut dots[..c]);
         for (dz, x) in dz.chunks_exact(c).zip(x.chunks_exact(c)) {
             for i in 0..c {
                 sums[i] += dz[i];
-                dots[i] += dz[i] * (x[i] - pilot[i]);
+                dots[i] = dz[i].times_plus::<FMA>(x[i] - centre[i], dots[i]);
             }
         }
     }
 }
 
 vectorised! {
-    /// `dz = dz · a + x · b + c`
-    fn combine<T: Real>(x: &[T], a: &[T], b: &[T], c: &[T], dz: &mut [T]) {
-        let n = a.len();
-        let (b, c) = (&b[..n], &c[..n]);
+    /// `dz = dz · a + (x − centre) · b + c`
+    fn combine<T: Real>(x: &[T], centre: &[T], terms: &[Vec<T>; 3], dz: &mut [T]) {
+        let n = centre.len();
+        let [a, b, c] = terms.each_ref().map(|term| &term[..n]);
         for (dz, x) in dz.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
             for i in 0..n {
-                dz[i] = dz[i] * a[i] + x[i] * b[i] + c[i];
+                let x = (x[i] - centre[i]).times_plus::<FMA>(b[i], c[i]);
+                dz[i] = dz[i].times_plus::<FMA>(a[i], x);
             }
         }
     }
@@ -230,35 +239,40 @@ pub fn backward<T: Real>(
         let images = x.chunks_exact(g.image()).zip(dy.chunks_exact(g.image()));
         let images = images.zip(statistics.0.chunks_exact(g.groups));
         for (dx, ((x, dy), statistics)) in dx.chunks_exact_mut(g.image()).zip(images) {
-            let (factor, summand) = g.affine(statistics, w, b);
-            g.pieces(dx, x, dy, |dz, x, dy| {
-                activated(level, x, dy, &factor, &summand, g.silu, dz);
-            });
-            // The groups' means, so that x̂ needs no difference of large sums.
-            let pilot: Vec<T> = (0..c).map(|i| T::from_f64(statistics[i / width].0)).collect();
+            let affine = g.affine(statistics, w, b);
+            g.pieces(dx, x, dy, |dz, x, dy| activated(level, x, dy, &affine, g.silu, dz));
             let dz = &*dx;
-            let [sums, dots] = g.sums(|i, sums, dots| {
-                let piece = i * PIECE * c..g.image().min((i + 1) * PIECE * c);
-                products(level, &x[piece.clone()], &dz[piece], &pilot, sums, dots);
+            let pieces = g.over_pieces(|range| {
+                let mut sums = vec![T::ZERO; 2 * c];
+                let (ones, dots) = sums.split_at_mut(c);
+                products(level, &x[range.clone()], &dz[range], &affine.centre, ones, dots);
+                sums
             });
+            let mut sums = vec![0.0; 2 * c];
+            for piece in pieces {
+                sums.iter_mut().zip(piece).for_each(|(sum, v)| *sum += v.to_f64());
+            }
             let n = (g.positions * width) as f64;
-            let mut terms = (Vec::with_capacity(c), Vec::with_capacity(c), Vec::with_capacity(c));
+            let mut terms = [const { Vec::new() }; 3];
             for (group, (mean, scale)) in statistics.iter().enumerate() {
-                let channels = group * width..(group + 1) * width;
+                // What rounding the mean took from x − centre.
+                let lost = T::from_f64(*mean).to_f64() - mean;
                 let (mut sum, mut dot) = (0.0, 0.0);
-                for i in channels.clone() {
+                for i in group * width..(group + 1) * width {
+                    let product = (sums[c + i] + lost * sums[i]) * scale;
                     sum += w[i].to_f64() * sums[i] / n;
-                    dot += w[i].to_f64() * dots[i] * scale / n;
-                    dw[i] += dots[i] * scale;
+                    dot += w[i].to_f64() * product / n;
+                    dw[i] += product;
                     db[i] += sums[i];
                 }
-                for i in channels {
-                    terms.0.push(T::from_f64(w[i].to_f64() * scale));
-                    terms.1.push(T::from_f64(-scale * scale * dot));
-                    terms.2.push(T::from_f64(scale * (mean * scale * dot - sum)));
+                let slope = -scale * scale * dot;
+                for i in group * width..(group + 1) * width {
+                    terms[0].push(T::from_f64(w[i].to_f64() * scale));
+                    terms[1].push(T::from_f64(slope));
+                    terms[2].push(T::from_f64(slope * lost - scale * sum));
                 }
             }
-            g.pieces(dx, x, x, |dz, x, _| combine(level, x, &terms.0, &terms.1, &terms.2, dz));
+            g.pieces(dx, x, x, |dz, x, _| combine(level, x, &affine.centre, &terms, dz));
         }
     }
     let numbers = |v: Vec<f64>| v.into_iter().map(T::from_f64).collect();

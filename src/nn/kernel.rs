@@ -7,82 +7,115 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor
 
 /// f32 and f64: f32 is what models run in, f64 is for gradient checks.
 pub trait Real:
-    WithDType + std::ops::Neg<Output = Self> + std::iter::Sum + super::gemm::Micro + super::gemm::Number
+    WithDType
+    + std::ops::Neg<Output = Self>
+    + std::iter::Sum
+    + super::gemm::Micro
+    + super::gemm::Number
+    + super::gemm::Transpose
 {
     const ZERO: Self;
     const ONE: Self;
-    /// Within 2 units in the last place for f32; branch-free, so that loops over it vectorise.
-    fn exponential(self) -> Self;
+    /// self · a + b; in one rounding if `FMA`, which without the instruction is slow.
+    fn times_plus<const FMA: bool>(self, a: Self, b: Self) -> Self;
+    /// e^self, within 2 units in the last place for f32; branch-free, so that loops over it
+    /// vectorise.
+    fn exponential<const FMA: bool>(self) -> Self;
     /// The error function; within 4e-7 of it for f32, and branch-free there.
-    fn error_function(self) -> Self;
+    fn error_function<const FMA: bool>(self) -> Self;
 }
 
 impl Real for f64 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
-    fn exponential(self) -> Self {
+
+    #[inline(always)]
+    fn times_plus<const FMA: bool>(self, a: Self, b: Self) -> Self {
+        if FMA { self.mul_add(a, b) } else { self * a + b }
+    }
+
+    fn exponential<const FMA: bool>(self) -> Self {
         self.exp()
     }
 
-    fn error_function(self) -> Self {
+    fn error_function<const FMA: bool>(self) -> Self {
         libm::erf(self)
     }
+}
+
+/// Horner's rule, highest coefficient first.
+#[inline(always)]
+fn polynomial<const FMA: bool, const N: usize>(x: f32, coefficients: [f32; N]) -> f32 {
+    let mut sum = 0.0;
+    for (i, c) in coefficients.into_iter().enumerate() {
+        sum = if i == 0 { c } else { sum.times_plus::<FMA>(x, c) };
+    }
+    sum
 }
 
 impl Real for f32 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
 
+    #[inline(always)]
+    fn times_plus<const FMA: bool>(self, a: Self, b: Self) -> Self {
+        if FMA { self.mul_add(a, b) } else { self * a + b }
+    }
+
     /// 2^n · e^f with a degree-7 polynomial on |f| ≤ ln 2 / 2 (Cephes' coefficients).
     #[expect(clippy::excessive_precision, reason = "Cephes' constants as published")]
     #[inline(always)]
-    fn exponential(self) -> Self {
-        const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23: adding it rounds to an integer
+    fn exponential<const FMA: bool>(self) -> Self {
+        // 1.5 · 2^23: adding it rounds to an integer, which the low bits then hold.
+        const ROUND: f32 = 12_582_912.0;
         let x = self.clamp(-87.3, 88.3);
-        let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
-        let f = x - n * 0.693_359_375 + n * 2.121_944_4e-4;
-        let mut p = 1.987_569_15e-4_f32;
-        for c in [1.398_199_95e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_55e-1, 0.5] {
-            p = p * f + c;
-        }
-        let power = f32::from_bits(((n as i32 + 127) as u32) << 23);
-        (p * f * f + f + 1.0) * power
+        let shifted = x.times_plus::<FMA>(std::f32::consts::LOG2_E, ROUND);
+        let n = shifted - ROUND;
+        let f = n.times_plus::<FMA>(-0.693_359_375, x);
+        let f = n.times_plus::<FMA>(2.121_944_4e-4, f);
+        let p = polynomial::<FMA, 6>(
+            f,
+            [1.987_569_15e-4, 1.398_199_95e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_55e-1, 0.5],
+        );
+        let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
+        (p * f).times_plus::<FMA>(f, f + 1.0) * power
     }
 
     /// x · P(x²) / Q(x²) on |x| ≤ 4, where it reaches 1 (Eigen's coefficients).
     #[expect(clippy::excessive_precision, reason = "constants as published")]
     #[inline(always)]
-    fn error_function(self) -> Self {
+    fn error_function<const FMA: bool>(self) -> Self {
         let x = self.clamp(-4.0, 4.0);
-        let x2 = x * x;
-        let mut p = -2.726_142_258_013_06e-10_f32;
-        for c in [
-            2.770_681_424_959_02e-8,
-            -2.101_024_020_825_08e-6,
-            -5.692_506_394_623_46e-5,
-            -7.349_906_303_268_55e-4,
-            -2.954_599_808_540_25e-3,
-            -1.609_603_332_624_15e-2,
-        ] {
-            p = p * x2 + c;
-        }
-        let mut q = -1.456_607_184_649_96e-5_f32;
-        for c in [
-            -2.133_740_552_789_05e-4,
-            -1.682_826_974_382_03e-3,
-            -7.373_329_167_204_68e-3,
-            -1.426_473_905_141_89e-2,
-        ] {
-            q = q * x2 + c;
-        }
+        let p = polynomial::<FMA, 7>(
+            x * x,
+            [
+                -2.726_142_258_013_06e-10,
+                2.770_681_424_959_02e-8,
+                -2.101_024_020_825_08e-6,
+                -5.692_506_394_623_46e-5,
+                -7.349_906_303_268_55e-4,
+                -2.954_599_808_540_25e-3,
+                -1.609_603_332_624_15e-2,
+            ],
+        );
+        let q = polynomial::<FMA, 5>(
+            x * x,
+            [
+                -1.456_607_184_649_96e-5,
+                -2.133_740_552_789_05e-4,
+                -1.682_826_974_382_03e-3,
+                -7.373_329_167_204_68e-3,
+                -1.426_473_905_141_89e-2,
+            ],
+        );
         x * p / q
     }
 }
 
 /// 1 / (1 + e^-x).
 #[inline(always)]
-pub fn sigmoid<T: Real>(x: T) -> T {
-    T::ONE / (T::ONE + (-x).exponential())
+pub fn sigmoid<const FMA: bool, T: Real>(x: T) -> T {
+    T::ONE / (T::ONE + (-x).exponential::<FMA>())
 }
 
 /// Σ f(v) in sixteen partial sums, so that the loop vectorises.

@@ -41,12 +41,12 @@ pub(super) struct Weights<'a> {
     pub packed: &'a PackedWeight,
 }
 
-/// A weight, with its adapter merged in, in the form that products are fastest with. Made by
-/// the first call that needs no gradients, and shared by clones of the layer.
+/// A weight in the form that products are fastest with, made by the first call and shared by
+/// clones of the layer. An adapter that is not being trained is merged in.
 ///
 /// Only weights without gradient tracking are packed, and they are taken never to change.
 #[derive(Clone, Debug, Default)]
-pub struct PackedWeight(Arc<OnceLock<Option<Held>>>);
+pub struct PackedWeight(Arc<OnceLock<Held>>);
 
 #[derive(Debug)]
 struct Held {
@@ -63,6 +63,10 @@ impl Drop for Held {
     }
 }
 
+/// Most bytes of packed weights that training makes: a large network has enough rows for
+/// packing anew to cost little, and its memory is short.
+const TRAINING_LIMIT: usize = 128 << 20;
+
 /// Most bytes of packed weights in this process: `DS_PACKED_MIB`, or 4 GiB. Layers beyond it
 /// work from their plain weights, a little slower.
 fn limit() -> usize {
@@ -75,18 +79,25 @@ fn limit() -> usize {
 
 impl PackedWeight {
     fn get<T: Real>(&self) -> Option<&Packed<T>> {
-        self.0.get()?.as_ref()?.packed.downcast_ref()
+        self.0.get()?.packed.downcast_ref()
     }
 
     /// The packed weight, made now if it may be.
-    fn make<T: Real>(&self, map: &Map, layer: &Weights) -> Result<Option<&Packed<T>>> {
+    fn make<T: Real>(
+        &self,
+        map: &Map,
+        layer: &Weights,
+        limit: usize,
+    ) -> Result<Option<&Packed<T>>> {
+        let bytes = map.packed_bytes::<T>();
         if self.0.get().is_none() && !layer.weight.track_op() {
-            let made = pack::<T>(map, layer)?;
-            let bytes = made.bytes();
-            let fits = HELD.fetch_add(bytes, Ordering::Relaxed) + bytes <= limit();
-            let held = Held { packed: Box::new(made), bytes };
-            // Another thread may have been first.
-            drop(self.0.set(fits.then_some(held)));
+            if HELD.fetch_add(bytes, Ordering::Relaxed) + bytes <= limit {
+                let held = Held { packed: Box::new(pack::<T>(map, layer)?), bytes };
+                // Another thread may have been first.
+                drop(self.0.set(held));
+            } else {
+                HELD.fetch_sub(bytes, Ordering::Relaxed);
+            }
         }
         Ok(self.get())
     }
@@ -155,11 +166,9 @@ pub(super) fn apply<T: Real>(
         residual: contiguous(added.residual)?,
     };
     operands.check()?;
-    let packed = if operands.all().any(wanted) {
-        layer.packed.get::<T>()
-    } else {
-        layer.packed.make::<T>(&map, &layer)?
-    };
+    let training = operands.all().any(wanted);
+    let limit = if training { limit().min(TRAINING_LIMIT) } else { limit() };
+    let packed = layer.packed.make::<T>(&map, &layer, limit)?;
     let merged = packed.is_some() && layer.adapter.is_none_or(LowRank::is_constant);
     let (y, low) = operands.forward::<T>(packed, merged)?;
     let backward = Gradients::of(&operands, low);
@@ -272,7 +281,8 @@ struct Gradients<T> {
     low: Option<Vec<T>>,
     /// Images.
     shift: Option<usize>,
-    residual: Option<Shape>,
+    /// Its shape, and whether it is a variable.
+    residual: Option<(Shape, bool)>,
 }
 
 impl<T: Real> Gradients<T> {
@@ -297,7 +307,8 @@ impl<T: Real> Gradients<T> {
             up,
             low: low.filter(|_| up),
             shift: o.shift.as_ref().filter(|s| wanted(s)).map(|s| s.elem_count() / o.map.outer.max(1)),
-            residual: o.residual.as_ref().filter(|r| wanted(r)).map(|r| r.shape().clone()),
+            residual: (o.residual.as_ref().filter(|r| wanted(r)))
+                .map(|r| (r.shape().clone(), r.is_variable())),
         }
     }
 
@@ -348,7 +359,8 @@ impl<T: Real> Gradients<T> {
             let sums = dy.chunks(image.max(1)).flat_map(|rows| column_sums(rows, map.outer));
             found.push(tensor(sums.collect(), &Shape::from((images, map.outer)))?);
         }
-        if let Some(shape) = &self.residual {
+        if let Some((shape, variable)) = &self.residual {
+            let gradient = if *variable { gradient.copy()? } else { gradient.clone() };
             found.push(gradient.reshape(shape)?);
         }
         Ok(found)

@@ -24,6 +24,7 @@ pub mod linear;
 pub mod norm;
 pub mod resample;
 pub mod simd;
+pub mod threads;
 mod window;
 
 pub use activation::{Activation, geglu};

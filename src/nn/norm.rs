@@ -2,13 +2,13 @@
 //! its backward.
 
 use candle_core::{D, DType, Device, Result, Tensor, bail};
-use rayon::prelude::*;
 
 use super::activation::Activation;
 use super::autograd::{attach, wanted};
 use super::group_norm::{self, Groups};
 use super::kernel::{PARALLEL_FROM, Real, View, dispatch, fused, sum_by, uninitialised};
 use super::simd::{Level, vectorised};
+use super::threads;
 
 /// Group normalisation over [B, ..., C].
 #[derive(Clone, Debug)]
@@ -139,12 +139,9 @@ const ROWS: usize = 64;
 fn layers<T: Real>(x: &[T], w: &[T], b: &[T], eps: f64) -> Vec<T> {
     let (level, n) = (Level::current(), w.len().max(1));
     let mut y = uninitialised(x.len());
-    if x.len() < PARALLEL_FROM {
-        layer_rows(level, x, w, b, eps, &mut y);
-    } else {
-        let rows = y.par_chunks_mut(ROWS * n).zip(x.par_chunks(ROWS * n));
-        rows.for_each(|(y, x)| layer_rows(level, x, w, b, eps, y));
-    }
+    threads::chunks(&mut y, ROWS * n, x.len() >= PARALLEL_FROM, |i, y| {
+        layer_rows(level, &x[i * ROWS * n..][..y.len()], w, b, eps, y);
+    });
     y
 }
 
@@ -172,20 +169,21 @@ vectorised! {
 fn layers_backward<T: Real>(x: &[T], w: &[T], dy: &[T], eps: f64) -> [Vec<T>; 3] {
     let (level, n) = (Level::current(), w.len().max(1));
     let mut dx = uninitialised(x.len());
-    let rows = dx.par_chunks_mut(ROWS * n).zip(x.par_chunks(ROWS * n).zip(dy.par_chunks(ROWS * n)));
-    let parts: Vec<(Vec<T>, Vec<T>)> = rows
-        .map(|(dx, (x, dy))| {
-            let (mut dw, mut db) = (vec![T::ZERO; n], vec![T::ZERO; n]);
-            layer_rows_backward(level, x, w, dy, eps, dx, &mut dw, &mut db);
-            (dw, db)
-        })
-        .collect();
-    let (mut dw, mut db) = (vec![T::ZERO; n], vec![T::ZERO; n]);
-    for (w, b) in parts {
-        super::gemm::add(level, &mut dw, &w);
-        super::gemm::add(level, &mut db, &b);
-    }
-    [dx, dw, db]
+    // Every task sums into rows of its own; they are added in order.
+    let tasks = x.len().div_ceil(ROWS * n);
+    let mut sums = vec![T::ZERO; tasks * 2 * n];
+    let mut pairs: Vec<_> = dx.chunks_mut(ROWS * n).zip(sums.chunks_mut(2 * n)).collect();
+    threads::chunks(&mut pairs, 1, x.len() >= PARALLEL_FROM, |i, pair| {
+        for (dx, sums) in pair {
+            let rows = i * ROWS * n..i * ROWS * n + dx.len();
+            let (dw, db) = sums.split_at_mut(n);
+            layer_rows_backward(level, &x[rows.clone()], w, &dy[rows], eps, dx, dw, db);
+        }
+    });
+    let mut total = vec![T::ZERO; 2 * n];
+    sums.chunks(2 * n).for_each(|sums| super::gemm::add(level, &mut total, sums));
+    let db = total.split_off(n);
+    [dx, total, db]
 }
 
 vectorised! {

@@ -61,16 +61,21 @@ impl Level {
     /// processor's best), so that tests can compare levels.
     pub fn run<R>(self, f: impl FnOnce() -> R) -> R {
         let usable = Self::supported().into_iter().filter(|l| *l <= self).max();
-        let before = FORCED.replace(usable);
-        let result = f();
-        FORCED.set(before);
-        result
+        struct Restore(Option<Level>);
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                FORCED.set(self.0);
+            }
+        }
+        let _restore = Restore(FORCED.replace(usable));
+        f()
     }
 }
 
 /// Compiles a function for every [`Level`] and picks one at run time: its
 /// loops are plain Rust that the compiler vectorises for each. The generated
-/// function takes the level as its first argument.
+/// function takes the level as its first argument; its body sees a constant
+/// `FMA`, whether the target multiplies and adds in one instruction.
 macro_rules! vectorised {
     ($(#[$meta:meta])* $vis:vis fn $name:ident<T: Real $(, $g:ident : $bound:path)*>(
         $($arg:ident : $ty:ty),* $(,)?
@@ -82,18 +87,19 @@ macro_rules! vectorised {
         ) $(-> $ret)? {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn plain<T: Real $(, $g: $bound)*>($($arg: $ty),*) $(-> $ret)? $body
+            #[allow(clippy::extra_unused_type_parameters)]
+            fn body<const FMA: bool, T: Real $(, $g: $bound)*>($($arg: $ty),*) $(-> $ret)? $body
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
             #[allow(clippy::too_many_arguments)]
             fn avx2<T: Real $(, $g: $bound)*>($($arg: $ty),*) $(-> $ret)? {
-                plain::<T $(, $g)*>($($arg),*)
+                body::<true, T $(, $g)*>($($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
             #[allow(clippy::too_many_arguments)]
             fn avx512<T: Real $(, $g: $bound)*>($($arg: $ty),*) $(-> $ret)? {
-                plain::<T $(, $g)*>($($arg),*)
+                body::<true, T $(, $g)*>($($arg),*)
             }
             match level {
                 // SAFETY: a level is only ever made where the processor has its instructions.
@@ -102,7 +108,7 @@ macro_rules! vectorised {
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::nn::simd::Level::Avx2 => unsafe { avx2::<T $(, $g)*>($($arg),*) },
-                _ => plain::<T $(, $g)*>($($arg),*),
+                _ => body::<{ cfg!(target_arch = "aarch64") }, T $(, $g)*>($($arg),*),
             }
         }
     };

@@ -255,28 +255,3 @@ impl<T: Real> RightSource<T> for Patches<'_, T> {
         patch_panel(level, self.window, self.images, panel * NR, inner, to);
     }
 }
-
-/// A weight [out, channels, taps] as a right operand [out, (tap, channel)].
-#[derive(Clone, Copy, Debug)]
-pub struct TapColumns<'a, T> {
-    pub weight: &'a [T],
-    pub channels: usize,
-    pub taps: usize,
-}
-
-impl<T: Real> RightSource<T> for TapColumns<'_, T> {
-    fn pack(&self, _: Level, panel: usize, inner: Range<usize>, to: &mut [T]) {
-        let depth = self.channels * self.taps;
-        for j in 0..NR {
-            let column = panel * NR + j;
-            let (tap, channel) = (column / self.channels, column % self.channels);
-            for (k, to) in inner.clone().zip(to[j..].iter_mut().step_by(NR)) {
-                *to = if column < depth {
-                    self.weight[k * depth + channel * self.taps + tap]
-                } else {
-                    T::ZERO
-                };
-            }
-        }
-    }
-}

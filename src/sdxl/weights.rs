@@ -59,6 +59,11 @@ impl Weights {
         &self.tensors
     }
 
+    /// The tensors by name; copies of the map where others share it.
+    pub fn into_tensors(self) -> HashMap<String, Tensor> {
+        Arc::try_unwrap(self.tensors).unwrap_or_else(|shared| (*shared).clone())
+    }
+
     /// Number of elements.
     pub fn parameters(&self) -> u64 {
         self.tensors.values().map(|t| t.elem_count() as u64).sum()

@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use crate::nn::adamw::{self, Hyper};
+use crate::nn::autograd;
 use crate::{Error, Result};
 
 /// What `Gradients::add` does when a variable has no gradient.
@@ -94,19 +95,59 @@ impl Gradients {
                 _ => {}
             }
         }
-        self.norm = None;
-        let factor = std::mem::replace(&mut self.factor, 1.0);
+        self.apply_factor()?;
         for Sum { var, total, .. } in &mut self.sums {
-            if factor != 1.0
-                && let Some(sum) = total.take()
-            {
-                *total = Some(adamw::take_scaled(sum, factor)?);
-            }
             let Some(grad) = grads.remove(var) else { continue };
             *total = Some(match total.take() {
                 None => adamw::take_scaled(grad, scale)?,
                 Some(sum) => adamw::add_scaled(sum, &grad, scale)?,
             });
+        }
+        Ok(())
+    }
+
+    /// Runs the backward pass of `loss`, a scalar, and adds every variable's gradient times
+    /// `scale`. The layers' gradients are added as they are found, so that no second copy of
+    /// them ever exists.
+    ///
+    /// # Errors
+    /// candle's, a `scale` that is not finite, a missing gradient (with [`Missing::Refuse`]).
+    /// Some gradients may have been added then: clear the sums.
+    pub fn backward(&mut self, loss: &Tensor, scale: f64) -> Result<()> {
+        if !(scale as f32).is_finite() {
+            return Err(Error::invalid("scale", format!("expected a finite number, got {scale}")));
+        }
+        self.apply_factor()?;
+        let take = |s: &mut Sum| (s.var.id(), autograd::Sum { total: s.total.take(), found: false });
+        let mut sums: autograd::Sums = self.sums.iter_mut().map(take).collect();
+        let outcome = autograd::summing(&mut sums, || (loss * scale)?.backward());
+        let mut found = Vec::with_capacity(self.sums.len());
+        for Sum { var, total, .. } in &mut self.sums {
+            let sum = sums.remove(&var.id()).unwrap_or_default();
+            found.push(sum.found);
+            *total = sum.total;
+        }
+        // What operations other than layers found.
+        let mut rest = outcome?;
+        for (Sum { name, var, total }, found) in self.sums.iter_mut().zip(found) {
+            match (rest.remove(var), total.take()) {
+                (Some(grad), None) => *total = Some(grad.detach()),
+                (Some(grad), Some(sum)) => *total = Some(adamw::add_scaled(sum, &grad, 1.0)?),
+                (None, sum) if found || self.missing == Missing::Allow => *total = sum,
+                (None, _) => return Err(Error::invalid(name.clone(), "has no gradient")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the sums what clipping made of them.
+    fn apply_factor(&mut self) -> Result<()> {
+        self.norm = None;
+        let factor = std::mem::replace(&mut self.factor, 1.0);
+        if factor != 1.0 {
+            for total in self.sums.iter_mut().map(|s| &mut s.total) {
+                *total = total.take().map(|sum| adamw::take_scaled(sum, factor)).transpose()?;
+            }
         }
         Ok(())
     }

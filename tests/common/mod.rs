@@ -1,6 +1,8 @@
 //! What the integration tests share.
 #![allow(dead_code)]
 
+pub mod layers;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 

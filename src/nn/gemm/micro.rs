@@ -50,11 +50,16 @@ pub struct Tile<T> {
     pub accumulate: bool,
 }
 
+/// Rows of a panel that are asked for before they are needed.
+const AHEAD: usize = 16;
+
 /// A vector register of one instruction set.
 trait Register<T>: Copy {
     const LANES: usize;
     /// Rows of `2 · LANES` columns that fit the registers.
     const ROWS: usize;
+    /// Asks for memory to be brought near; any address will do.
+    fn prefetch(_: *const T) {}
     unsafe fn zero() -> Self;
     unsafe fn splat(value: *const T) -> Self;
     unsafe fn load(from: *const T) -> Self;
@@ -80,6 +85,7 @@ unsafe fn block<T: Copy, R: Register<T>, const ROWS: usize, const VECTORS: usize
         for _ in 0..t.depth {
             let mut b = [R::zero(); VECTORS];
             for (v, b) in b.iter_mut().enumerate() {
+                R::prefetch(panel.wrapping_add(AHEAD * NR + v * R::LANES));
                 *b = R::load(panel.add(v * R::LANES));
             }
             for (i, sums) in sums.iter_mut().enumerate() {
@@ -222,6 +228,11 @@ mod x86 {
             impl Register<$t> for $v {
                 const LANES: usize = $lanes;
                 const ROWS: usize = $rows;
+                #[inline(always)]
+                fn prefetch(at: *const $t) {
+                    // SAFETY: a prefetch never faults.
+                    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+                }
                 #[inline(always)]
                 unsafe fn zero() -> Self {
                     unsafe { $zero() }

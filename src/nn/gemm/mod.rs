@@ -9,15 +9,16 @@
 mod micro;
 mod scratch;
 mod sources;
-
-use rayon::prelude::*;
+mod transpose;
 
 pub use micro::{KC, LEFT_STRIDE, Left, MR, Micro, NR, Tile};
 pub use scratch::{Number, with_scratch};
-pub use sources::{Columns, Packed, Plain, Rows, Strided, copy};
+pub use sources::{Columns, FlippedTaps, Packed, Plain, Rows, Transposed, copy};
+pub use transpose::Transpose;
 
 use super::kernel::Real;
 use super::simd::{Level, vectorised};
+use super::threads;
 
 /// Columns of the right operand that are kept in the cache at once.
 const NC: usize = 12 * NR;
@@ -134,7 +135,7 @@ pub fn product<T: Real, L: LeftSource<T>, R: RightSource<T>>(
         return;
     }
     let (blocks, panels) = (m.div_ceil(MR), n.div_ceil(NR));
-    let threads = if m * n * k <= SERIAL { 1 } else { rayon::current_num_threads() };
+    let threads = if m * n * k <= SERIAL { 1 } else { threads::count() };
     // A right operand that must be packed is packed once a column range; else rows are split.
     let (row_parts, column_parts) = if right.packed().is_some() || panels < threads {
         let rows = blocks.min(2 * threads);
@@ -151,11 +152,7 @@ pub fn product<T: Real, L: LeftSource<T>, R: RightSource<T>>(
         let job = Job { level, n, k, left, right, output, accumulate, finish };
         job.run(rows, columns);
     };
-    if threads == 1 {
-        (0..row_parts * column_parts).for_each(task);
-    } else {
-        (0..row_parts * column_parts).into_par_iter().for_each(task);
-    }
+    threads::each(row_parts * column_parts, threads > 1, task);
 }
 
 struct Job<'a, T, L, R> {

@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use super::micro::{LEFT_STRIDE, Left, MR, NR};
 use super::{LeftSource, RightSource};
-use crate::nn::kernel::Real;
+use crate::nn::kernel::{PARALLEL_FROM, Real};
 use crate::nn::simd::{Level, vectorised};
+use crate::nn::threads;
 
 /// Rows of a row-major matrix: element (i, k) at `i · stride + k`.
 #[derive(Clone, Copy, Debug)]
@@ -97,73 +98,44 @@ impl<T: Real> RightSource<T> for Plain<'_, T> {
     }
 }
 
-/// A right operand with strides, whose inner index is (tap, position): element
-/// ((tap, p), j) at `tap_offset(tap) + p · inner_stride + j · column_stride`.
+/// The transpose of a row-major matrix: element (k, j) at `j · stride + k`.
 #[derive(Clone, Copy, Debug)]
-pub struct Strided<'a, T> {
+pub struct Transposed<'a, T> {
     pub data: &'a [T],
+    pub stride: usize,
     pub columns: usize,
-    /// Positions of a tap.
-    pub inner: usize,
-    pub inner_stride: usize,
-    pub column_stride: usize,
-    /// Offset of a tap is `tap · tap_stride`, or of the last tap less that.
-    pub taps: usize,
-    pub tap_stride: usize,
-    pub flipped: bool,
 }
 
-impl<'a, T> Strided<'a, T> {
-    /// The transpose of a row-major matrix [columns, inner].
-    pub fn transposed(data: &'a [T], columns: usize, inner: usize) -> Self {
-        Self {
-            data,
-            columns,
-            inner,
-            inner_stride: 1,
-            column_stride: inner,
-            taps: 1,
-            tap_stride: 0,
-            flipped: false,
-        }
-    }
-}
-
-vectorised! {
-    fn gather<T: Real>(from: &[T], inner_stride: usize, column_stride: usize, columns: usize, to: &mut [T]) {
-        const BLOCK: usize = 16;
-        // Blocks of inner indices, so that the lines of all columns stay in the cache.
-        for (b, to) in to.chunks_mut(BLOCK * NR).enumerate() {
-            let depth = to.len() / NR;
-            for j in 0..NR {
-                if j < columns {
-                    let from = &from[j * column_stride + b * BLOCK * inner_stride..];
-                    for p in 0..depth {
-                        to[p * NR + j] = from[p * inner_stride];
-                    }
-                } else {
-                    for p in 0..depth {
-                        to[p * NR + j] = T::ZERO;
-                    }
-                }
-            }
-        }
-    }
-}
-
-impl<T: Real> RightSource<T> for Strided<'_, T> {
+impl<T: Real> RightSource<T> for Transposed<'_, T> {
     fn pack(&self, level: Level, panel: usize, inner: Range<usize>, to: &mut [T]) {
-        let (column, mut at) = (panel * NR, inner.start);
-        let mut to = to;
+        let column = panel * NR;
+        let from = &self.data[column * self.stride + inner.start..];
+        let columns = (self.columns - column).min(NR);
+        T::transpose(level, from, self.stride, columns, to);
+    }
+}
+
+/// Rows of a weight [outer, taps, channels] in the order (tap, outer), the taps backwards: the
+/// right operand of a convolution's input gradient.
+#[derive(Clone, Copy, Debug)]
+pub struct FlippedTaps<'a, T> {
+    pub data: &'a [T],
+    pub outer: usize,
+    pub taps: usize,
+    pub channels: usize,
+}
+
+impl<T: Real> RightSource<T> for FlippedTaps<'_, T> {
+    fn pack(&self, level: Level, panel: usize, inner: Range<usize>, to: &mut [T]) {
+        let (column, stride) = (panel * NR, self.taps * self.channels);
+        let (mut to, mut at) = (to, inner.start);
         while at < inner.end {
-            let (tap, p) = (at / self.inner, at % self.inner);
-            let depth = (self.inner - p).min(inner.end - at);
-            let tap = if self.flipped { self.taps - 1 - tap } else { tap };
-            let offset = tap * self.tap_stride + p * self.inner_stride + column * self.column_stride;
-            let (now, rest) = to.split_at_mut(depth * NR);
-            let columns = (self.columns - column).min(NR);
-            gather(level, &self.data[offset..], self.inner_stride, self.column_stride, columns, now);
-            (to, at) = (rest, at + depth);
+            let (tap, outer) = (self.taps - 1 - at / self.outer, at % self.outer);
+            let rows = (self.outer - outer).min(inner.end - at);
+            let from = &self.data[outer * stride + tap * self.channels + column..];
+            let (now, rest) = to.split_at_mut(rows * NR);
+            copy_panel(level, from, stride, self.channels - column, now);
+            (to, at) = (rest, at + rows);
         }
     }
 }
@@ -177,13 +149,12 @@ pub struct Packed<T> {
 
 impl<T: Real> Packed<T> {
     pub fn new(source: &impl RightSource<T>, inner: usize, columns: usize) -> Self {
-        use rayon::prelude::*;
         let level = Level::current();
         let mut data = vec![T::ZERO; columns.div_ceil(NR) * inner * NR];
         if inner > 0 {
-            data.par_chunks_mut(inner * NR)
-                .enumerate()
-                .for_each(|(panel, to)| source.pack(level, panel, 0..inner, to));
+            threads::chunks(&mut data, inner * NR, inner * columns >= PARALLEL_FROM, |panel, to| {
+                source.pack(level, panel, 0..inner, to);
+            });
         }
         Self { data, inner }
     }
@@ -195,10 +166,6 @@ impl<T> Packed<T> {
     pub fn rows(&self, panel: usize, inner: &Range<usize>) -> &[T] {
         let from = (panel * self.inner + inner.start) * NR;
         &self.data[from..from + inner.len() * NR]
-    }
-
-    pub fn bytes(&self) -> usize {
-        self.data.len() * size_of::<T>()
     }
 }
 

@@ -30,7 +30,7 @@ fn check<T: Real>(sizes: (usize, usize, usize), tolerance: f64) {
     let nothing = Finish::default();
     let (rows, columns) = (Rows { data: &a, stride: k }, Columns { data: &at, stride: m });
     let plain = Plain { data: &b, stride: n, columns: n };
-    let strided = Strided::transposed(&bt, n, k);
+    let strided = Transposed { data: &bt, stride: k, columns: n };
     let packed = Packed::new(&plain, k, n);
     let mut c = vec![T::ONE; m * n];
     product(sizes, &rows, &plain, &mut c, false, &nothing);
@@ -120,7 +120,7 @@ fn gemm_speed() {
         let bt = transpose(&b, k, n);
         let at = transpose(&a, m, k);
         let mut c = vec![0.0_f32; m * n];
-        let packed = Packed::new(&Strided::transposed(&bt, n, k), k, n);
+        let packed = Packed::new(&Transposed { data: &bt, stride: k, columns: n }, k, n);
         let work = 2.0 * (m * n * k) as f64;
         let time = |name: &str, f: &mut dyn FnMut()| {
             f();
@@ -138,7 +138,7 @@ fn gemm_speed() {
             let nothing = Finish::default();
             let rows = Rows { data: &a, stride: k };
             time("packed", &mut || product((m, n, k), &rows, &packed, &mut c, false, &nothing));
-            let strided = Strided::transposed(&bt, n, k);
+            let strided = Transposed { data: &bt, stride: k, columns: n };
             time("strided", &mut || product((m, n, k), &rows, &strided, &mut c, false, &nothing));
             let plain = Plain { data: &b, stride: n, columns: n };
             time("plain", &mut || product((m, n, k), &rows, &plain, &mut c, false, &nothing));

@@ -1,0 +1,107 @@
+//! The pieces of training whose speed is measured: `tools/bench_torch_train.py` does the same
+//! under the same names.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor, Var};
+
+use super::workload::{Inputs, Work, Workload};
+use crate::nn::LowRank;
+use crate::sdxl::config::UNetConfig;
+use crate::sdxl::lora::LoraMap;
+use crate::sdxl::{UNet, Weights};
+use crate::train::optimizer::{AdamW, AdamWConfig, Gradients, Missing, Step};
+use crate::{Error, Result};
+
+const RANK: usize = 16;
+/// The projections of every attention.
+const TARGETS: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
+const RATE: f64 = 1e-6;
+
+/// One measured piece: forward and backward of mean((prediction − target)²), and with
+/// `optimise` an AdamW step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Training {
+    /// An adapter of rank 16 on every attention, else every parameter.
+    pub lora: bool,
+    pub batch: usize,
+    pub optimise: bool,
+}
+
+impl Training {
+    pub const ALL: [(&'static str, Self); 8] = [
+        ("unet_forward_backward_lora_b1", Self { lora: true, batch: 1, optimise: false }),
+        ("unet_forward_backward_full_b1", Self { lora: false, batch: 1, optimise: false }),
+        ("train_step_lora_b1", Self { lora: true, batch: 1, optimise: true }),
+        ("train_step_full_b1", Self { lora: false, batch: 1, optimise: true }),
+        ("unet_forward_backward_lora_b4", Self { lora: true, batch: 4, optimise: false }),
+        ("unet_forward_backward_full_b4", Self { lora: false, batch: 4, optimise: false }),
+        ("train_step_lora_b4", Self { lora: true, batch: 4, optimise: true }),
+        ("train_step_full_b4", Self { lora: false, batch: 4, optimise: true }),
+    ];
+
+    /// Loads the checkpoint's U-Net alone and returns the piece.
+    ///
+    /// # Errors
+    /// Names the file that is missing or unusable.
+    pub fn prepare(self, path: &Path, workload: Workload) -> Result<Work<'static>> {
+        let inputs = workload.inputs(self.batch)?;
+        let target = workload.latents(self.batch)?;
+        let config = workload.unet_config();
+        // Its own copy of the weights would count as the training's memory.
+        drop(workload);
+        let weights = Weights::from_folder(&path.join("unet"), DType::F32, &Device::Cpu)?;
+        let (vars, unet) =
+            if self.lora { with_adapter(&weights, &config)? } else { all(weights, &config)? };
+        let mut gradients = Gradients::new(&vars, Missing::Refuse)?;
+        let mut optimizer = AdamW::new(&vars, AdamWConfig::new(RATE))?;
+        Ok(Box::new(move || {
+            let Inputs { x, t, context, pooled, sizes } = &inputs;
+            let prediction = unet.forward(x, t, context, pooled, sizes)?;
+            let loss = (prediction - &target)?.sqr()?.mean_all()?;
+            gradients.backward(&loss, 1.0)?;
+            if !self.optimise {
+                gradients.clear();
+            } else if let Step::Skipped { norm } = optimizer.step(&mut gradients)? {
+                return Err(Error::invalid("gradients", format!("their norm is {norm}")));
+            }
+            Ok(loss.detach())
+        }))
+    }
+}
+
+type Trained = (BTreeMap<String, Var>, UNet);
+
+/// Every parameter a variable.
+fn all(weights: Weights, config: &UNetConfig) -> Result<Trained> {
+    let mut vars = BTreeMap::new();
+    for (name, tensor) in weights.into_tensors() {
+        vars.insert(name, Var::from_tensor(&tensor)?);
+    }
+    let tensors = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+    let unet = Weights::new(tensors, "unet").build(None, |scope| UNet::load(scope, config))?;
+    Ok((vars, unet))
+}
+
+/// A random adapter on frozen weights.
+fn with_adapter(weights: &Weights, config: &UNetConfig) -> Result<Trained> {
+    let (mut vars, mut modules) = (BTreeMap::new(), BTreeMap::new());
+    for (name, tensor) in weights.tensors() {
+        let Some(module) = name.strip_suffix(".weight") else { continue };
+        if !TARGETS.iter().any(|target| module.ends_with(&format!(".{target}"))) {
+            continue;
+        }
+        let (output, input) = tensor.dims2()?;
+        let mut random = |part: &str, shape: (usize, usize)| -> Result<Tensor> {
+            let var = Var::randn(0_f32, 0.02, shape, &Device::Cpu)?;
+            let tensor = var.as_tensor().clone();
+            vars.insert(format!("{module}.{part}"), var);
+            Ok(tensor)
+        };
+        let (down, up) = (random("down", (RANK, input))?, random("up", (output, RANK))?);
+        modules.insert(module.to_owned(), LowRank { down, up, scale: 1.0 });
+    }
+    let unet = weights.build(Some(&LoraMap::new(modules)), |scope| UNet::load(scope, config))?;
+    Ok((vars, unet))
+}
