@@ -12,6 +12,8 @@ use crate::{Error, Result};
 const HEAD: usize = 64;
 const TRAIN: &str = "_train";
 
+type Layer = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
+
 #[derive(Clone, Copy)]
 enum Op {
     Linear { rows: usize, from: usize, to: usize },
@@ -107,7 +109,7 @@ impl Op {
     }
 
     /// The operation with these weights (keys and values, for attention).
-    fn layer(self, weights: Vec<Tensor>) -> Box<dyn Fn(&Tensor) -> Result<Tensor>> {
+    fn layer(self, weights: Vec<Tensor>) -> Layer {
         let mut weights = weights.into_iter();
         let (first, second) = (weights.next(), weights.next());
         let pair = || first.clone().zip(second.clone());

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use serde::Serialize;
 
+use super::op_workload;
 use super::stats::quantile;
 use super::train_workload::Training;
 use super::workload::{Piece, Work, Workload};
-use super::op_workload;
 use crate::{Error, Result};
 
 /// What rayon and candle read their number of threads from, once, when they start.
@@ -279,8 +279,10 @@ mod tests {
         let rows = rows_of(&[]);
         let names: Vec<_> = rows.iter().map(|r| r.name.as_str()).collect();
         assert_eq!(names, Piece::ALL.map(|(name, _)| name));
-        let (script, timing) =
-            (include_str!("../../tools/bench_torch.py"), include_str!("../../tools/bench_timing.py"));
+        let (script, timing) = (
+            include_str!("../../tools/bench_torch.py"),
+            include_str!("../../tools/bench_timing.py"),
+        );
         for row in &rows {
             assert!(script.contains(&format!("\"{}\"", row.name)), "{}", row.name);
             assert!(
@@ -301,7 +303,8 @@ mod tests {
 
     #[test]
     fn training_and_operations_are_measured_by_name() {
-        let names = ["unet_forward_backward_lora_b1", "train_step_full_b1", "op_geglu_1024x5120_train"];
+        let names =
+            ["unet_forward_backward_lora_b1", "train_step_full_b1", "op_geglu_1024x5120_train"];
         let rows = rows_of(&names);
         assert_eq!(rows.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), names);
         assert_eq!(rows.iter().map(|r| r.f).collect::<Vec<_>>(), [1, 1, 0]);

@@ -141,7 +141,8 @@ fn spread<T: Real>(
     let parallel = to.len() >= PARALLEL_FROM;
     threads::chunks(to, rows * unit, parallel, |i, to| {
         let (first, count) = (i * rows, to.len() / unit.max(1));
-        let (a, b) = (&a[first * a_unit..][..count * a_unit], &b[first * b_unit..][..count * b_unit]);
+        let (a, b) =
+            (&a[first * a_unit..][..count * a_unit], &b[first * b_unit..][..count * b_unit]);
         each(to, (a, b));
     });
 }

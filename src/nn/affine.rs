@@ -166,7 +166,8 @@ impl Map {
         let (taps, channels) = (window.taps(), window.channels);
         if taps > 1 {
             threads::chunks(&mut dw, self.inner, true, |_, row| {
-                interleave(Level::current(), &row.to_vec(), channels, row);
+                let unordered = row.to_vec();
+                interleave(Level::current(), &unordered, channels, row);
             });
         }
         dw

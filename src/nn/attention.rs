@@ -4,7 +4,7 @@ use candle_core::{D, DType, Device, Result, Tensor, bail};
 
 use super::autograd::{attach, wanted};
 use super::flash::{self, Heads};
-use super::kernel::{View, Real, dispatch, fused};
+use super::kernel::{Real, View, dispatch, fused};
 
 /// softmax(q kᵀ / √d + mask) v over `heads` heads, scores in f32 or better, which are never
 /// stored as a whole on the CPU (FlashAttention, arXiv 2205.14135).

@@ -87,7 +87,8 @@ impl Conv2d {
         let (outer, inner, kh, kw) = self.weight.dims4()?;
         let all = self.padding.before + self.padding.after;
         let (down, across) = (enlarged.0 + all, enlarged.1 + all);
-        if inner != channels || down < kh || across < kw || self.stride == 0 || height * width == 0 {
+        if inner != channels || down < kh || across < kw || self.stride == 0 || height * width == 0
+        {
             candle_core::bail!(
                 "conv2d: input {:?} (channels last) does not fit weight {:?}",
                 x.dims(),
@@ -109,7 +110,12 @@ impl Conv2d {
     }
 
     /// From candle's operations, for other devices and types.
-    fn composed(&self, x: &Tensor, (height, width): (usize, usize), added: Added) -> Result<Tensor> {
+    fn composed(
+        &self,
+        x: &Tensor,
+        (height, width): (usize, usize),
+        added: Added,
+    ) -> Result<Tensor> {
         let x = nearest(x, height, width)?.permute((0, 3, 1, 2))?.contiguous()?;
         let Padding { before, after } = self.padding;
         let x = x.pad_with_zeros(2, before, after)?.pad_with_zeros(3, before, after)?;

@@ -384,7 +384,16 @@ impl<T: Real> Back<'_, T> {
                         let to = (dq.at(base + i * h.width()), h.width());
                         // SAFETY: `dp` holds the keys' columns; this head's rows are this task's.
                         unsafe {
-                            tiles(level, (ds, Left::Rows), count, &self.k, &keys, &(0..size), to, start > 0);
+                            tiles(
+                                level,
+                                (ds, Left::Rows),
+                                count,
+                                &self.k,
+                                &keys,
+                                &(0..size),
+                                to,
+                                start > 0,
+                            );
                         }
                     }
                     for i in keys.clone().step_by(MR) {
@@ -396,7 +405,16 @@ impl<T: Real> Back<'_, T> {
                             let to = (gradient.at(at), h.width());
                             // SAFETY: as above; the tile's rows are the queries.
                             unsafe {
-                                tiles(level, left, count, right, &queries, &(0..size), to, from > 0);
+                                tiles(
+                                    level,
+                                    left,
+                                    count,
+                                    right,
+                                    &queries,
+                                    &(0..size),
+                                    to,
+                                    from > 0,
+                                );
                             }
                         }
                     }

@@ -266,8 +266,8 @@ pub fn backward<T: Real>(
                     db[i] += sums[i];
                 }
                 let slope = -scale * scale * dot;
-                for i in group * width..(group + 1) * width {
-                    terms[0].push(T::from_f64(w[i].to_f64() * scale));
+                for w in &w[group * width..(group + 1) * width] {
+                    terms[0].push(T::from_f64(w.to_f64() * scale));
                     terms[1].push(T::from_f64(slope));
                     terms[2].push(T::from_f64(slope * lost - scale * sum));
                 }

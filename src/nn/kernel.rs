@@ -3,7 +3,9 @@
 use std::marker::PhantomData;
 use std::ops::Deref;
 
-use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor, WithDType, bail};
+use candle_core::{
+    CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor, WithDType, bail,
+};
 
 /// f32 and f64: f32 is what models run in, f64 is for gradient checks.
 pub trait Real:
@@ -158,7 +160,9 @@ impl<'a, T: WithDType> View<'a, T> {
     /// When the tensor is not contiguous, not on the CPU or of another type.
     pub fn of(x: &'a Tensor) -> Result<Self> {
         let (storage, layout) = x.storage_and_layout();
-        let Some(range) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor") };
+        let Some(range) = layout.contiguous_offsets() else {
+            bail!("expected a contiguous tensor")
+        };
         if x.dtype() != T::DTYPE || !x.device().is_cpu() {
             bail!("expected {:?} on the CPU, got {:?}", T::DTYPE, x.dtype());
         }

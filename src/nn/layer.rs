@@ -65,7 +65,7 @@ impl Drop for Held {
 
 /// Most bytes of packed weights that training makes: a large network has enough rows for
 /// packing anew to cost little, and its memory is short.
-const TRAINING_LIMIT: usize = 128 << 20;
+const TRAINING_LIMIT: usize = 256 << 20;
 
 /// Most bytes of packed weights in this process: `DS_PACKED_MIB`, or 4 GiB. Layers beyond it
 /// work from their plain weights, a little slower.
@@ -219,13 +219,16 @@ impl Operands {
             }
         }
         if let Some(a) = &self.adapter
-            && (a.down.elem_count() != a.rank * map.inner || a.up.elem_count() != a.rank * map.outer)
+            && (a.down.elem_count() != a.rank * map.inner
+                || a.up.elem_count() != a.rank * map.outer)
         {
             bail!("adapter {:?} and {:?} on {} to {}", a.down, a.up, map.inner, map.outer);
         }
         if let Some(shift) = &self.shift {
             let images = shift.dim(0)?;
-            if images == 0 || !map.rows.is_multiple_of(images) || shift.dims() != [images, map.outer]
+            if images == 0
+                || !map.rows.is_multiple_of(images)
+                || shift.dims() != [images, map.outer]
             {
                 bail!("layer of {} outputs: shift {:?}", map.outer, shift.dims());
             }
@@ -241,7 +244,8 @@ impl Operands {
     ) -> Result<(Vec<T>, Option<Vec<T>>)> {
         let map = &self.map;
         let (x, weight) = (View::<T>::of(&self.x)?, View::<T>::of(&self.weight)?);
-        let (bias, shift, residual) = (view(&self.bias)?, view(&self.shift)?, view(&self.residual)?);
+        let (bias, shift, residual) =
+            (view(&self.bias)?, view(&self.shift)?, view(&self.residual)?);
         let finish = Finish {
             bias: bias.as_deref(),
             shift: shift.as_deref().map(|s| (s, map.rows * map.outer / s.len().max(1))),
@@ -306,7 +310,11 @@ impl<T: Real> Gradients<T> {
             down,
             up,
             low: low.filter(|_| up),
-            shift: o.shift.as_ref().filter(|s| wanted(s)).map(|s| s.elem_count() / o.map.outer.max(1)),
+            shift: o
+                .shift
+                .as_ref()
+                .filter(|s| wanted(s))
+                .map(|s| s.elem_count() / o.map.outer.max(1)),
             residual: (o.residual.as_ref().filter(|r| wanted(r)))
                 .map(|r| (r.shape().clone(), r.is_variable())),
         }

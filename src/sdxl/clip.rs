@@ -180,8 +180,9 @@ impl Clip {
             } else {
                 image::imageops::resize(image, side, side, FilterType::CatmullRom)
             };
-            let normal =
-                |p: &image::Rgb<u8>| [0, 1, 2].map(|c| (f32::from(p.0[c]) / 255.0 - self.mean[c]) / self.std[c]);
+            let normal = |p: &image::Rgb<u8>| {
+                [0, 1, 2].map(|c| (f32::from(p.0[c]) / 255.0 - self.mean[c]) / self.std[c])
+            };
             pixels.extend(scaled.pixels().flat_map(normal));
         }
         let x = Tensor::from_vec(pixels, (images.len(), size, size, 3), &Device::Cpu)?;

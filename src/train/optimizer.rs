@@ -118,7 +118,8 @@ impl Gradients {
             return Err(Error::invalid("scale", format!("expected a finite number, got {scale}")));
         }
         self.apply_factor()?;
-        let take = |s: &mut Sum| (s.var.id(), autograd::Sum { total: s.total.take(), found: false });
+        let take =
+            |s: &mut Sum| (s.var.id(), autograd::Sum { total: s.total.take(), found: false });
         let mut sums: autograd::Sums = self.sums.iter_mut().map(take).collect();
         let outcome = autograd::summing(&mut sums, || (loss * scale)?.backward());
         let mut found = Vec::with_capacity(self.sums.len());

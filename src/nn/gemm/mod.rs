@@ -6,6 +6,8 @@
 //! Every element is a sum over the inner index in an order that depends on the
 //! inner size alone: values do not depend on the number of rows or threads.
 
+use std::ops::Range;
+
 mod micro;
 mod scratch;
 mod sources;
@@ -29,7 +31,7 @@ const SERIAL: usize = 1 << 17;
 pub trait LeftSource<T>: Sync {
     const LAYOUT: Left;
     /// Writes the given rows and inner indices in the layout.
-    fn fill(&self, level: Level, row: usize, rows: usize, inner: std::ops::Range<usize>, to: &mut [T]);
+    fn fill(&self, level: Level, row: usize, rows: usize, inner: Range<usize>, to: &mut [T]);
 }
 
 /// A right operand [k, n].
@@ -41,7 +43,7 @@ pub trait RightSource<T>: Sync {
 
     /// Writes columns `panel · NR ..` of the given inner indices as [depth, NR], zeros
     /// beyond the last column.
-    fn pack(&self, level: Level, panel: usize, inner: std::ops::Range<usize>, to: &mut [T]);
+    fn pack(&self, level: Level, panel: usize, inner: Range<usize>, to: &mut [T]);
 }
 
 /// What is added to a finished row of a product.
@@ -104,7 +106,7 @@ impl<T> Output<T> {
 }
 
 /// Splits `count` blocks into `parts` ranges.
-fn part(count: usize, parts: usize, i: usize) -> std::ops::Range<usize> {
+fn part(count: usize, parts: usize, i: usize) -> Range<usize> {
     count * i / parts..count * (i + 1) / parts
 }
 
@@ -168,68 +170,76 @@ struct Job<'a, T, L, R> {
 
 impl<T: Real, L: LeftSource<T>, R: RightSource<T>> Job<'_, T, L, R> {
     /// These rows and panels of columns of the output.
-    fn run(&self, rows: std::ops::Range<usize>, panels: std::ops::Range<usize>) {
+    fn run(&self, rows: Range<usize>, panels: Range<usize>) {
         let depth = inner_block(self.k);
+        let pieces = || {
+            let starts = (0..self.k).step_by(depth);
+            starts.map(|start| start..(start + depth).min(self.k))
+        };
+        let groups =
+            panels.clone().step_by(NC / NR).map(|first| first..(first + NC / NR).min(panels.end));
+        let blocks = || rows.clone().step_by(MR).map(|first| first..(first + MR).min(rows.end));
         let left = MR * LEFT_STRIDE;
-        let right = if self.right.packed().is_some() { 0 } else { depth * NC };
-        with_scratch::<T, _>(left + right, |scratch| {
-            let (left, right) = scratch.split_at_mut(left);
-            for first in panels.clone().step_by(NC / NR) {
-                let group = first..(first + NC / NR).min(panels.end);
-                for start in (0..self.k).step_by(depth) {
-                    let inner = start..(start + depth).min(self.k);
-                    if self.right.packed().is_none() {
-                        for (panel, to) in group.clone().zip(right.chunks_mut(depth * NR)) {
-                            let to = &mut to[..inner.len() * NR];
-                            self.right.pack(self.level, panel, inner.clone(), to);
+        if let Some(packed) = self.right.packed() {
+            with_scratch::<T, _>(left, |left| {
+                for group in groups {
+                    for block in blocks() {
+                        for inner in pieces() {
+                            let packed = |panel| packed.rows(panel, &inner);
+                            self.tiles(left, &block, &group, &inner, packed);
                         }
                     }
-                    for row in rows.clone().step_by(MR) {
-                        let count = MR.min(rows.end - row);
-                        self.left.fill(self.level, row, count, inner.clone(), left);
-                        self.tiles(left, right, depth, row, count, &group, &inner);
+                }
+            });
+            return;
+        }
+        with_scratch::<T, _>(left + depth * NC, |scratch| {
+            let (left, right) = scratch.split_at_mut(left);
+            for group in groups {
+                for inner in pieces() {
+                    let length = inner.len() * NR;
+                    for (panel, to) in group.clone().zip(right.chunks_mut(length)) {
+                        self.right.pack(self.level, panel, inner.clone(), to);
                     }
+                    let packed = |panel| &right[(panel - group.start) * length..][..length];
+                    blocks().for_each(|block| self.tiles(left, &block, &group, &inner, packed));
                 }
             }
         });
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn tiles(
+    /// At most [`MR`] rows of the given panels of columns, from one piece of the inner size.
+    fn tiles<'p>(
         &self,
-        left: &[T],
-        right: &[T],
-        depth: usize,
-        row: usize,
-        count: usize,
-        group: &std::ops::Range<usize>,
-        inner: &std::ops::Range<usize>,
-    ) {
-        for panel in group.clone() {
+        left: &mut [T],
+        rows: &Range<usize>,
+        panels: &Range<usize>,
+        inner: &Range<usize>,
+        packed: impl Fn(usize) -> &'p [T],
+    ) where
+        T: 'p,
+    {
+        self.left.fill(self.level, rows.start, rows.len(), inner.clone(), left);
+        for panel in panels.clone() {
             let column = panel * NR;
-            let columns = NR.min(self.n - column);
-            let packed = match self.right.packed() {
-                Some(packed) => packed.rows(panel, inner),
-                None => &right[(panel - group.start) * depth * NR..][..inner.len() * NR],
-            };
             let tile = Tile {
-                rows: count,
-                columns,
+                rows: rows.len(),
+                columns: NR.min(self.n - column),
                 depth: inner.len(),
                 left: left.as_ptr(),
-                panel: packed.as_ptr(),
-                c: self.output.at(row * self.n + column),
+                panel: packed(panel).as_ptr(),
+                c: self.output.at(rows.start * self.n + column),
                 c_stride: self.n,
                 accumulate: self.accumulate || inner.start > 0,
             };
-            // SAFETY: `left` was filled for these rows and inner indices, `packed` is a slice of
-            // depth · NR, and the output's rows and columns belong to this task alone.
+            // SAFETY: `left` was filled for these rows and inner indices, `packed` gives slices
+            // of depth · NR, and the output's rows and columns belong to this task alone.
             unsafe { T::tile(self.level, &tile, L::LAYOUT) };
         }
         if inner.end == self.k && !self.finish.is_nothing() {
-            let column = group.start * NR;
-            let columns = (group.end * NR).min(self.n) - column;
-            for row in row..row + count {
+            let column = panels.start * NR;
+            let columns = (panels.end * NR).min(self.n) - column;
+            for row in rows.clone() {
                 let c = self.output.at(row * self.n + column);
                 // SAFETY: these columns of this row were written above, by this task.
                 let c = unsafe { std::slice::from_raw_parts_mut(c, columns) };

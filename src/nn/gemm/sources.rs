@@ -36,7 +36,14 @@ pub fn copy<T: Copy>(to: &mut [T], from: &[T]) {
 impl<T: Real> LeftSource<T> for Rows<'_, T> {
     const LAYOUT: Left = Left::Rows;
     fn fill(&self, level: Level, row: usize, rows: usize, inner: Range<usize>, to: &mut [T]) {
-        copy_rows(level, &self.data[row * self.stride + inner.start..], self.stride, rows, inner.len(), to);
+        copy_rows(
+            level,
+            &self.data[row * self.stride + inner.start..],
+            self.stride,
+            rows,
+            inner.len(),
+            to,
+        );
     }
 }
 
@@ -152,9 +159,14 @@ impl<T: Real> Packed<T> {
         let level = Level::current();
         let mut data = vec![T::ZERO; columns.div_ceil(NR) * inner * NR];
         if inner > 0 {
-            threads::chunks(&mut data, inner * NR, inner * columns >= PARALLEL_FROM, |panel, to| {
-                source.pack(level, panel, 0..inner, to);
-            });
+            threads::chunks(
+                &mut data,
+                inner * NR,
+                inner * columns >= PARALLEL_FROM,
+                |panel, to| {
+                    source.pack(level, panel, 0..inner, to);
+                },
+            );
         }
         Self { data, inner }
     }

@@ -1,7 +1,9 @@
 use super::*;
 
 fn numbers<T: Real>(seed: usize, n: usize) -> Vec<T> {
-    (0..n).map(|i| T::from_f64((((i * 7919 + seed * 104_729) % 2003) as f64 / 1001.5) - 1.0)).collect()
+    (0..n)
+        .map(|i| T::from_f64((((i * 7919 + seed * 104_729) % 2003) as f64 / 1001.5) - 1.0))
+        .collect()
 }
 
 /// [m, k] · [k, n] by definition, in f64.
@@ -24,7 +26,10 @@ fn check<T: Real>(sizes: (usize, usize, usize), tolerance: f64) {
     let close = |got: &[T], want: &dyn Fn(usize) -> f64, what: &str| {
         for (i, got) in got.iter().enumerate() {
             let error = (got.to_f64() - want(i)).abs();
-            assert!(error < tolerance * (1.0 + k as f64).sqrt(), "{what} {sizes:?} at {i}: {error}");
+            assert!(
+                error < tolerance * (1.0 + k as f64).sqrt(),
+                "{what} {sizes:?} at {i}: {error}"
+            );
         }
     };
     let nothing = Finish::default();
@@ -46,7 +51,10 @@ fn check<T: Real>(sizes: (usize, usize, usize), tolerance: f64) {
     product(sizes, &rows, &packed, &mut c, false, &finish);
     let all = |i: usize| {
         let (row, column) = (i / n, i % n);
-        want[i] + bias[column].to_f64() + shift[row / 2 * n + column].to_f64() + residual[i].to_f64()
+        want[i]
+            + bias[column].to_f64()
+            + shift[row / 2 * n + column].to_f64()
+            + residual[i].to_f64()
     };
     close(&c, &all, "finished");
     // A row alone is the same row.
@@ -90,7 +98,14 @@ fn vector_levels_agree_bit_for_bit() {
             level.run(|| {
                 let mut c = vec![0.0; m * n];
                 let plain = Plain { data: &b, stride: n, columns: n };
-                product((m, n, k), &Rows { data: &a, stride: k }, &plain, &mut c, false, &Finish::default());
+                product(
+                    (m, n, k),
+                    &Rows { data: &a, stride: k },
+                    &plain,
+                    &mut c,
+                    false,
+                    &Finish::default(),
+                );
                 c
             })
         });
@@ -113,9 +128,16 @@ fn an_empty_inner_dimension_is_zero_and_finished() {
 #[ignore = "prints times"]
 fn gemm_speed() {
     use std::time::Instant;
-    for (m, n, k) in
-        [(1024, 5120, 640), (256, 1280, 1280), (1024, 640, 640), (256, 64, 576), (512, 96, 96), (512, 768, 96), (1024, 1024, 1024), (640, 640, 1024)]
-    {
+    for (m, n, k) in [
+        (1024, 5120, 640),
+        (256, 1280, 1280),
+        (1024, 640, 640),
+        (256, 64, 576),
+        (512, 96, 96),
+        (512, 768, 96),
+        (1024, 1024, 1024),
+        (640, 640, 1024),
+    ] {
         let (a, b): (Vec<f32>, Vec<f32>) = (numbers(1, m * k), numbers(2, k * n));
         let bt = transpose(&b, k, n);
         let at = transpose(&a, m, k);
@@ -143,14 +165,38 @@ fn gemm_speed() {
             let plain = Plain { data: &b, stride: n, columns: n };
             time("plain", &mut || product((m, n, k), &rows, &plain, &mut c, false, &nothing));
             let columns = Columns { data: &at, stride: m };
-            time("cols,plain", &mut || product((m, n, k), &columns, &plain, &mut c, false, &nothing));
-            Level::Avx2.run(|| time("avx2", &mut || product((m, n, k), &rows, &packed, &mut c, false, &nothing)));
+            time("cols,plain", &mut || {
+                product((m, n, k), &columns, &plain, &mut c, false, &nothing)
+            });
+            Level::Avx2.run(|| {
+                time("avx2", &mut || product((m, n, k), &rows, &packed, &mut c, false, &nothing))
+            });
         });
         for (name, transposed) in [("gemm crate", false), ("gemm W^T", true)] {
-            let (rs, cs, data) = if transposed { (1, k as isize, &bt) } else { (n as isize, 1, &b) };
+            let (rs, cs, data) =
+                if transposed { (1, k as isize, &bt) } else { (n as isize, 1, &b) };
             time(name, &mut || unsafe {
-                gemm::gemm(m, n, k, c.as_mut_ptr(), 1, n as isize, false, a.as_ptr(), 1, k as isize,
-                    data.as_ptr(), cs, rs, 1.0, 1.0, false, false, false, gemm::Parallelism::None);
+                gemm::gemm(
+                    m,
+                    n,
+                    k,
+                    c.as_mut_ptr(),
+                    1,
+                    n as isize,
+                    false,
+                    a.as_ptr(),
+                    1,
+                    k as isize,
+                    data.as_ptr(),
+                    cs,
+                    rs,
+                    1.0,
+                    1.0,
+                    false,
+                    false,
+                    false,
+                    gemm::Parallelism::None,
+                );
             });
         }
     }
