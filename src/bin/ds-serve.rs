@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use clap::Parser;
 use diffusion_sharpening::engine::{Backend, Engine};
+use diffusion_sharpening::nn::threads;
 use diffusion_sharpening::serve::{self, Overrides, Settings, config::LogFormat};
 use tracing_subscriber::EnvFilter;
 
@@ -47,6 +48,7 @@ fn main() -> anyhow::Result<()> {
         "models: there is no folder {}; give one with --models",
         models.display()
     );
+    threads::start(settings.threads)?;
     let running = serve::start(settings, move || open_backend(&models))?;
     serve::stop_on_signals(running.stopper())?;
     writeln!(out, "listening on http://{}", running.address())?;

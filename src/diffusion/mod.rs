@@ -16,4 +16,5 @@ pub mod packed;
 pub mod schedule;
 pub mod sdxl_model;
 pub mod solver;
+mod text_cache;
 pub mod trajectory;

@@ -6,6 +6,8 @@ use candle_core::{DType, Device, Tensor};
 use image::{Rgb, RgbImage};
 
 use super::denoiser::{Decoder, NoiseModel, TextCond};
+use super::text_cache::TextCache;
+use crate::nn::threads;
 use crate::sdxl::{ClipTokenizer, ModelFolder, UNet};
 use crate::{Error, Result};
 
@@ -14,18 +16,20 @@ use crate::{Error, Result};
 pub struct SdxlModel {
     folder: Arc<ModelFolder>,
     unet: Arc<UNet>,
+    /// What this U-Net made of texts.
+    texts: Arc<TextCache>,
     device: Device,
 }
 
 impl SdxlModel {
     pub fn new(folder: Arc<ModelFolder>) -> Self {
         let unet = Arc::new(folder.unet.clone());
-        Self { unet, folder, device: Device::Cpu }
+        Self { unet, folder, texts: Arc::default(), device: Device::Cpu }
     }
 
     /// The same checkpoint with another U-Net.
     pub fn with_unet(&self, unet: UNet) -> Self {
-        Self { unet: Arc::new(unet), ..self.clone() }
+        Self { unet: Arc::new(unet), texts: Arc::default(), ..self.clone() }
     }
 
     pub fn folder(&self) -> &ModelFolder {
@@ -44,7 +48,8 @@ impl SdxlModel {
     ) -> Result<Vec<TextCond>> {
         let rows =
             |t: &ClipTokenizer| prompts.iter().map(|p| t.encode(p)).collect::<Result<Vec<_>>>();
-        let encoded = self.folder.encode_ids(&rows(&tokenizers[0])?, &rows(&tokenizers[1])?)?;
+        let ids = [rows(&tokenizers[0])?, rows(&tokenizers[1])?];
+        let encoded = threads::within(|| self.folder.encode_ids(&ids[0], &ids[1]))?;
         (0..prompts.len())
             .map(|i| {
                 Ok(TextCond {
@@ -99,21 +104,21 @@ impl NoiseModel for SdxlModel {
     }
 
     fn forward(&self, x: &Tensor, t: &Tensor, text: &[&TextCond]) -> Result<Tensor> {
-        let stack = |of: &dyn Fn(&TextCond) -> Tensor| -> Result<Tensor> {
-            let rows: Vec<Tensor> = text.iter().map(|c| of(c)).collect();
-            Ok(Tensor::stack(&rows, 0)?)
-        };
-        let context = stack(&|c| c.context.clone())?;
-        let pooled = stack(&|c| c.pooled.clone())?;
-        let sizes: Vec<f32> = text.iter().flat_map(|c| c.time_ids).collect();
-        let sizes = Tensor::from_vec(sizes, (text.len(), 6), &self.device)?;
-        Ok(self.unet.forward(x, t, &context, &pooled, &sizes)?.to_dtype(DType::F32)?)
+        let timesteps = t.to_vec1::<f32>()?;
+        if timesteps.len() != text.len() {
+            let message = format!("{} timesteps for {} texts", timesteps.len(), text.len());
+            return Err(Error::invalid("timesteps", message));
+        }
+        threads::within(|| {
+            let (states, shifts) = self.texts.batch(&self.unet, &timesteps, text)?;
+            Ok(self.unet.forward_encoded(x, &states, &shifts)?.to_dtype(DType::F32)?)
+        })
     }
 }
 
 impl Decoder for SdxlModel {
     fn decode(&self, latents: &Tensor) -> Result<Vec<RgbImage>> {
-        to_images(&self.folder.vae.decode(latents)?)
+        threads::within(|| to_images(&self.folder.vae.decode(latents)?))
     }
 }
 

@@ -26,9 +26,10 @@ pub fn count() -> usize {
     rayon::current_num_threads()
 }
 
-/// Runs `f` on the pool, so that the kernels that it calls need not hand over to it each.
+/// Runs `f` on the pool, so that the kernels that it calls need not hand over to it each. What
+/// is set for a thread (no gradients, an instruction set) does not go along.
 pub fn within<R: Send>(f: impl FnOnce() -> R + Send) -> R {
-    rayon::scope(|_| f())
+    if count() == 1 { f() } else { rayon::scope(|_| f()) }
 }
 
 /// `each(0) .. each(tasks - 1)`, over threads if `parallel`.

@@ -9,6 +9,7 @@ use image::RgbImage;
 
 use super::Reward;
 use crate::Result;
+use crate::nn::threads;
 use crate::sdxl::Clip;
 
 /// Texts whose embeddings are kept; a search scores thousands of images of one prompt.
@@ -61,7 +62,8 @@ impl Reward for SceneClip {
         }
         let texts = prompts.iter().map(|p| self.text(p)).collect::<Result<Vec<_>>>()?;
         let texts = Tensor::cat(&texts, 0)?;
-        let cosine = (self.clip.embed_images(images)? * texts)?.sum(1)?;
+        let images = threads::within(|| self.clip.embed_images(images))?;
+        let cosine = (images * texts)?.sum(1)?;
         Ok(cosine.to_dtype(DType::F64)?.to_vec1()?)
     }
 }

@@ -1,7 +1,7 @@
 //! `UNet2DConditionModel` as SDXL uses it (arXiv 2307.01952): per-sample
 //! timesteps, text context, pooled text and size conditioning.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::config::UNetConfig;
 use super::layout::{to_pixels, to_planes};
@@ -62,6 +62,10 @@ impl TextStates {
         let sources = (0..first.sources.len()).map(source).collect::<Result<_>>()?;
         let added = join(&|p| p.added.clone())?;
         Ok(Self { sources, added, dtype: first.dtype })
+    }
+
+    pub fn device(&self) -> &Device {
+        self.sources.first().map_or(&Device::Cpu, |(k, _)| k.device())
     }
 
     /// Bytes of the values.

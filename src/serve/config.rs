@@ -72,6 +72,8 @@ settings! {
         "Folder with one checkpoint folder per model [default: models]";
     workers: usize = 1, "DS_WORKERS", "N",
         "Generation threads: requests that run at the same time [default: 1]";
+    threads: usize = 0, "DS_THREADS", "N",
+        "Threads that models compute on, shared by all requests; 0 for one a processor [default: 0]";
     http_threads: usize = 2, "DS_HTTP_THREADS", "N",
         "Threads that serve HTTP; models never run on them [default: 2]";
     queue: usize = 64, "DS_QUEUE", "N",

@@ -248,6 +248,3 @@ impl<T: Real, L: LeftSource<T>, R: RightSource<T>> Job<'_, T, L, R> {
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

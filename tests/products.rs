@@ -1,4 +1,8 @@
-use super::*;
+//! Matrix products from every kind of operand, at every vector level.
+
+use diffusion_sharpening::nn::gemm::{Columns, Finish, Packed, Plain, Rows, Transposed, product};
+use diffusion_sharpening::nn::kernel::Real;
+use diffusion_sharpening::nn::simd::Level;
 
 fn numbers<T: Real>(seed: usize, n: usize) -> Vec<T> {
     (0..n)
@@ -121,83 +125,4 @@ fn an_empty_inner_dimension_is_zero_and_finished() {
     let finish = Finish { bias: Some(&[1.0, 2.0]), ..Finish::default() };
     product((2, 2, 0), &Rows { data: &[], stride: 0 }, &plain, &mut c, false, &finish);
     assert_eq!(c, [1.0, 2.0, 1.0, 2.0]);
-}
-
-/// `cargo test --release gemm_speed -- --ignored --nocapture`
-#[test]
-#[ignore = "prints times"]
-fn gemm_speed() {
-    use std::time::Instant;
-    for (m, n, k) in [
-        (1024, 5120, 640),
-        (256, 1280, 1280),
-        (1024, 640, 640),
-        (256, 64, 576),
-        (512, 96, 96),
-        (512, 768, 96),
-        (1024, 1024, 1024),
-        (640, 640, 1024),
-    ] {
-        let (a, b): (Vec<f32>, Vec<f32>) = (numbers(1, m * k), numbers(2, k * n));
-        let bt = transpose(&b, k, n);
-        let at = transpose(&a, m, k);
-        let mut c = vec![0.0_f32; m * n];
-        let packed = Packed::new(&Transposed { data: &bt, stride: k, columns: n }, k, n);
-        let work = 2.0 * (m * n * k) as f64;
-        let time = |name: &str, f: &mut dyn FnMut()| {
-            f();
-            let mut best = f64::MAX;
-            let runs = (5e9 / work) as usize + 3;
-            for _ in 0..runs {
-                let start = Instant::now();
-                f();
-                best = best.min(start.elapsed().as_secs_f64());
-            }
-            println!("{m}x{n}x{k} {name:10} {:7.1} GFLOP/s", work / best / 1e9);
-        };
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-        pool.install(|| {
-            let nothing = Finish::default();
-            let rows = Rows { data: &a, stride: k };
-            time("packed", &mut || product((m, n, k), &rows, &packed, &mut c, false, &nothing));
-            let strided = Transposed { data: &bt, stride: k, columns: n };
-            time("strided", &mut || product((m, n, k), &rows, &strided, &mut c, false, &nothing));
-            let plain = Plain { data: &b, stride: n, columns: n };
-            time("plain", &mut || product((m, n, k), &rows, &plain, &mut c, false, &nothing));
-            let columns = Columns { data: &at, stride: m };
-            time("cols,plain", &mut || {
-                product((m, n, k), &columns, &plain, &mut c, false, &nothing)
-            });
-            Level::Avx2.run(|| {
-                time("avx2", &mut || product((m, n, k), &rows, &packed, &mut c, false, &nothing))
-            });
-        });
-        for (name, transposed) in [("gemm crate", false), ("gemm W^T", true)] {
-            let (rs, cs, data) =
-                if transposed { (1, k as isize, &bt) } else { (n as isize, 1, &b) };
-            time(name, &mut || unsafe {
-                gemm::gemm(
-                    m,
-                    n,
-                    k,
-                    c.as_mut_ptr(),
-                    1,
-                    n as isize,
-                    false,
-                    a.as_ptr(),
-                    1,
-                    k as isize,
-                    data.as_ptr(),
-                    cs,
-                    rs,
-                    1.0,
-                    1.0,
-                    false,
-                    false,
-                    false,
-                    gemm::Parallelism::None,
-                );
-            });
-        }
-    }
 }
