@@ -167,15 +167,16 @@ fn convolutions_with_what_is_added() {
         let again = Added { shift: Some(&x[3]), residual: Some(&y) };
         conv(&x[..3], 1, 1).forward_added(&y, again)? * &y
     });
-    // Enough for several threads and pieces of the inner dimension.
+    // Enough for several threads and pieces of the inner dimension, and too few outputs for
+    // transformed products.
     let shapes: [&[usize]; 7] = [
         &[2, 9, 7, 50],
-        &[40, 50, 3, 3],
-        &[40],
+        &[31, 50, 3, 3],
+        &[31],
         &[3, 50, 3, 3],
-        &[40, 3, 1, 1],
-        &[2, 40],
-        &[2, 9, 7, 40],
+        &[31, 3, 1, 1],
+        &[2, 31],
+        &[2, 9, 7, 31],
     ];
     check_along("conv, large", &normals(&shapes), &|x| conv_with_all(x, 1, 1));
 }
@@ -202,10 +203,43 @@ fn enlarged_convolutions() {
         check(&format!("{name} bias"), &inputs[..3], &f);
         check(&format!("{name} adapter"), &inputs, &f);
     }
-    let inputs = normals(&[&[2, 8, 6, 40], &[40, 40, 3, 3], &[40]]);
+    let inputs = normals(&[&[2, 8, 6, 40], &[31, 40, 3, 3], &[31]]);
     check_along("conv enlarged, large", &inputs, &|x| {
         conv(x, 1, 1).forward_enlarged(&x[0], (16, 12))
     });
+}
+
+/// Channels enough for transformed products, with remainders of vectors of them, images of even
+/// and odd sizes, and more tiles and channels than are taken at once.
+#[test]
+fn transformed_convolutions() {
+    for (x, outer, rank, size) in [
+        ([2, 6, 4, 32], 32, 3, (6, 4)),
+        ([2, 5, 7, 33], 40, 3, (5, 7)),
+        ([2, 2, 2, 40], 33, 3, (2, 2)),
+        ([1, 2, 3, 32], 32, 3, (2, 3)),
+        ([2, 3, 4, 47], 49, 34, (3, 4)),
+        ([1, 3, 4, 400], 32, 3, (3, 4)),
+        ([1, 3, 4, 32], 400, 3, (3, 4)),
+        ([1, 44, 40, 32], 32, 3, (44, 40)),
+        ([2, 3, 4, 32], 33, 3, (6, 8)),
+        ([1, 3, 4, 33], 32, 34, (5, 7)),
+        ([1, 1, 4, 32], 32, 3, (2, 5)),
+        ([1, 7, 6, 32], 32, 3, (3, 4)),
+        ([1, 22, 20, 32], 32, 3, (43, 41)),
+    ] {
+        let [batch, height, width, inner] = x;
+        let (w, y) = ([outer, inner, 3, 3], [batch, size.0, size.1, outer]);
+        let (down, up) = ([rank, inner, 3, 3], [outer, rank, 1, 1]);
+        let all = normals(&[&x, &w, &[outer], &down, &up, &[batch, outer], &y]);
+        let name = format!("conv {x:?} to {outer} at {size:?}");
+        let f = |x: &[Tensor]| conv(x, 1, 1).forward_enlarged(&x[0], size);
+        check_along(&name, &all[..2], &f);
+        check_along(&format!("{name} adapter"), &all[..5], &f);
+        if size == (height, width) {
+            check_along(&format!("{name} with all"), &all, &|x| conv_with_all(x, 1, 1));
+        }
+    }
 }
 
 #[test]
@@ -426,5 +460,16 @@ fn gradients_are_absent_only_for_what_is_not_tracked() {
         }
         let plain = f(&inputs).unwrap();
         assert!(!plain.track_op(), "{name}: a graph is kept though nothing is tracked");
+    }
+}
+
+#[test]
+fn no_images() {
+    for outer in [31, 32, 300] {
+        let x = Tensor::zeros((0, 4, 4, 32), candle_core::DType::F64, &Device::Cpu).unwrap();
+        let inputs = [x, normal(2, &[outer, 32, 3, 3])];
+        let g = analytic(&inputs, &conv_of(1, 1)).0;
+        println!("no images, {outer}: {:?} {:?}", g[0].dims(), norm(&g[1]));
+        assert_eq!(norm(&g[1]), 0.0);
     }
 }

@@ -5,8 +5,8 @@ mod common;
 
 use candle_core::{Result, Tensor, Var};
 use common::layers::{
-    analytic, causal, conv, conv_of, conv_with_all, f32, gradients, group_norm, late, layer_norm,
-    linear, normals, worst,
+    analytic, causal, conv, conv_of, conv_with_all, f32, f64, gradients, group_norm, late,
+    layer_norm, linear, normals, worst,
 };
 use common::{normal, relative_error, values};
 use diffusion_sharpening::nn::autograd::no_grad;
@@ -47,6 +47,10 @@ fn cases() -> Vec<Case> {
     let image: &[usize] = &[3, 9, 7, 50];
     let weights: [&[usize]; 5] = [image, &[40, 50, 3, 3], &[40], &[4, 50, 3, 3], &[40, 4, 1, 1]];
     let all = [&weights[..], &[&[3, 40], &[3, 9, 7, 40]]].concat();
+    let few: [&[usize]; 3] = [image, &[31, 50, 3, 3], &[31]];
+    let wide: [&[usize]; 5] =
+        [&[3, 8, 11, 33], &[48, 33, 3, 3], &[48], &[34, 33, 3, 3], &[48, 34, 1, 1]];
+    let wide = [&wide[..], &[&[3, 48], &[3, 8, 11, 48]]].concat();
     let rows: [&[usize]; 6] = [&[3, 20, 400], &[70, 400], &[70], &[4, 400], &[70, 4], &[3, 20, 70]];
     let norm: [&[usize]; 3] = [&[3, 20, 15, 48], &[48], &[48]];
     let causal = f32(&causal(20, 400));
@@ -66,6 +70,14 @@ fn cases() -> Vec<Case> {
         }),
         case("conv", &weights[..3], &[0], conv_of(1, 1)).products(),
         case("conv, small", &[&[3, 5, 4, 6], &[5, 6, 3, 3]], &[0], conv_of(1, 1)).products(),
+        case("conv, few outputs", &few, &[0], conv_of(1, 1)).products(),
+        case("conv, tiny", &[&[3, 2, 3, 32], &[32, 32, 3, 3]], &[0], conv_of(1, 1)).products(),
+        case("conv, many tiles", &[&[3, 24, 25, 32], &[33, 32, 3, 3]], &[0], conv_of(1, 1))
+            .products(),
+        case("conv, many inputs", &[&[3, 3, 4, 400], &[32, 400, 3, 3]], &[0], conv_of(1, 1))
+            .products(),
+        case("conv, many outputs", &[&[3, 4, 3, 32], &[400, 32, 3, 3]], &[0], conv_of(1, 1))
+            .products(),
         case("conv s2", &weights[..3], &[0], conv_of(2, BELOW)).products(),
         case("conv 1x1 residual", &[image, &[9, 50, 1, 1], &[3, 9, 7, 9]], &[0, 2], |x| {
             let added = Added { shift: None, residual: Some(&x[2]) };
@@ -80,6 +92,13 @@ fn cases() -> Vec<Case> {
             conv(x, 1, 1).forward_enlarged(&x[0], (17, 15))
         })
         .products(),
+        case("conv enlarged, few outputs", &few, &[0], |x| {
+            conv(x, 1, 1).forward_enlarged(&x[0], (17, 14))
+        })
+        .products(),
+        case("conv wide adapter, shift and residual", &wide, &[0, 5, 6], |x| {
+            conv_with_all(x, 1, 1)
+        }),
         case("conv adapter, shift and residual", &all, &[0, 5, 6], |x| conv_with_all(x, 1, 1)),
         case("group norm", &norm, &[0], |x| group_norm(x, 6).forward(&x[0])),
         case("group norm, small", &[&[3, 5, 4, 6], &[6], &[6]], &[0], |x| {
@@ -287,11 +306,14 @@ fn packed_weights_give_what_plain_ones_give() {
         Box::new(move |x| linear.forward(x))
     };
     type Make<'a> = &'a dyn Fn(Tensor, Option<LowRank>) -> Made;
-    let cases: [(&str, &[usize], &[usize], Make); 7] = [
+    let cases: [(&str, &[usize], &[usize], Make); 10] = [
         ("linear", &[2, 30, 400], &[70, 400], &linear),
         ("linear, small", &[5, 6], &[7, 6], &linear),
         ("conv", &[2, 9, 7, 50], &[40, 50, 3, 3], &conv(1, 1.into(), None)),
         ("conv, small", &[1, 4, 3, 2], &[3, 2, 3, 3], &conv(1, 1.into(), None)),
+        ("conv, few outputs", &[2, 9, 7, 50], &[31, 50, 3, 3], &conv(1, 1.into(), None)),
+        ("conv, many inputs", &[2, 3, 4, 400], &[33, 400, 3, 3], &conv(1, 1.into(), None)),
+        ("conv, many tiles", &[1, 24, 11, 32], &[64, 32, 3, 3], &conv(1, 1.into(), None)),
         ("conv s2", &[2, 8, 6, 50], &[40, 50, 3, 3], &conv(2, BELOW, None)),
         ("conv 1x1", &[2, 9, 7, 50], &[40, 50, 1, 1], &conv(1, 0.into(), None)),
         ("conv enlarged", &[2, 5, 4, 50], &[40, 50, 3, 3], &conv(1, 1.into(), Some((10, 7)))),
@@ -330,5 +352,37 @@ fn packed_weights_give_what_plain_ones_give() {
         assert!(same(&first, &plain) && same(&second, &plain), "{name}: a learnt adapter differs");
         let tracked = layer(&x).unwrap();
         assert!(tracked.track_op() && same(&tracked, &plain), "{name}: a learnt adapter differs");
+    }
+}
+
+/// The form of a packed weight is that of the first image; others may need another.
+#[test]
+fn packed_convolutions_take_images_of_every_shape() {
+    let of = |seed, shape: &[usize]| f32(&normal(seed, shape));
+    let (w, bias) = (of(1, &[33, 40, 3, 3]), of(2, &[33]));
+    let (down, up) = (of(3, &[4, 40, 3, 3]), of(4, &[33, 4, 1, 1]));
+    let adapter = LowRank { down, up, scale: 0.3 };
+    let double = |a: &LowRank| LowRank { down: f64(&a.down), up: f64(&a.up), scale: a.scale };
+    let images = [[2, 4, 5, 40], [2, 1, 5, 40], [1, 5, 1, 40], [1, 2, 2, 40], [1, 1, 1, 40]];
+    let images = images.map(|shape| of(5, &shape));
+    for adapter in [None, Some(adapter)] {
+        let layer = || Conv2d::new(w.clone(), Some(bias.clone()), 1, 1, adapter.clone());
+        let exact = Conv2d::new(f64(&w), Some(f64(&bias)), 1, 1, adapter.as_ref().map(double));
+        for first in &images {
+            for second in &images {
+                let layer = layer();
+                for x in [first, second, first] {
+                    let y = layer.forward(x).unwrap();
+                    let error = relative_error(&y, &exact.clone().forward(&f64(x)).unwrap());
+                    let what = format!(
+                        "{:?} after {:?}, adapter: {}",
+                        x.dims(),
+                        first.dims(),
+                        adapter.is_some()
+                    );
+                    assert!(error < 1e-6, "{what}: f32 differs from f64 by {error:.1e}");
+                }
+            }
+        }
     }
 }

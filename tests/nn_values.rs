@@ -118,7 +118,16 @@ fn the_composed_path_equals_the_fused_one() {
     compare("attention, causal", &q, &|x| attention(&x[0], &x[1], &x[2], 2, Some(&mask)));
 }
 
-/// Every geometry against candle's own convolution of the enlarged and padded image.
+/// candle's own convolution of the image enlarged and padded, plus the bias.
+fn candles(x: &[Tensor], size: (usize, usize), stride: usize, padding: Padding) -> Result<Tensor> {
+    let nchw = nearest(&x[0], size.0, size.1)?.permute((0, 3, 1, 2))?;
+    let nchw = nchw.pad_with_zeros(2, padding.before, padding.after)?;
+    let nchw = nchw.pad_with_zeros(3, padding.before, padding.after)?;
+    let y = nchw.contiguous()?.conv2d(&x[1], 0, stride, 1, 1)?;
+    y.permute((0, 2, 3, 1))?.broadcast_add(&x[2])
+}
+
+/// Every geometry against candle's.
 #[test]
 fn convolutions_are_candles() {
     let mut next = numbers();
@@ -134,15 +143,86 @@ fn convolutions_are_candles() {
         }
         let x = normals(&[&[2, h, w, inner], &[outer, inner, kh, kw], &[outer]]);
         let y = conv(&x, stride, padding).forward_enlarged(&x[0], size).unwrap();
-        let nchw = nearest(&x[0], size.0, size.1).unwrap().permute((0, 3, 1, 2)).unwrap();
-        let nchw = nchw.pad_with_zeros(2, padding.before, padding.after).unwrap();
-        let nchw = nchw.pad_with_zeros(3, padding.before, padding.after).unwrap();
-        let expected = nchw.contiguous().unwrap().conv2d(&x[1], 0, stride, 1, 1).unwrap();
-        let expected = expected.permute((0, 2, 3, 1)).unwrap().broadcast_add(&x[2]).unwrap();
+        let expected = candles(&x, size, stride, padding).unwrap();
         let error = relative_error(&y, &expected);
         let name =
             format!("{h}x{w} to {size:?}, {inner} to {outer}, {kh}x{kw} s{stride} {padding:?}");
         assert!(error < 1e-13, "{name}: differs by {error:.1e}");
+    }
+}
+
+/// The same of those with channels enough for transformed products, and f32 against f64.
+#[test]
+fn transformed_convolutions_are_candles() {
+    let mut next = numbers();
+    let mut pick = |from: usize, to: usize| from + next() % (to + 1 - from);
+    let random = (0..60).map(|_| {
+        let (image, channels) = ((pick(1, 9), pick(1, 9)), (pick(32, 70), pick(32, 70)));
+        let same = image.0.min(image.1) > 1 && pick(0, 1) == 0;
+        (image, if same { image } else { (pick(2, 13), pick(2, 13)) }, channels)
+    });
+    let mut all = vec![
+        ((2, 2), (2, 2), (32, 32)),
+        ((3, 4), (3, 4), (400, 32)),
+        ((3, 4), (6, 8), (800, 33)),
+        ((3, 4), (3, 4), (32, 400)),
+        ((44, 40), (44, 40), (32, 32)),
+        ((15, 17), (30, 33), (33, 48)),
+    ];
+    all.extend(random);
+    let (mut far, mut single) = (0.0_f64, 0.0_f64);
+    for ((h, w), size, (inner, outer)) in all {
+        let x = normals(&[&[2, h, w, inner], &[outer, inner, 3, 3], &[outer]]);
+        let x: Vec<Tensor> = x.iter().map(|x| f64(&f32(x))).collect();
+        let f = |x: &[Tensor]| conv(x, 1, 1).forward_enlarged(&x[0], size).unwrap();
+        let y = f(&x);
+        let error = relative_error(&y, &candles(&x, size, 1, 1.into()).unwrap());
+        let name = format!("{h}x{w} to {size:?}, {inner} to {outer}");
+        assert!(error < 1e-12, "{name}: differs by {error:.1e}");
+        far = far.max(error);
+        let error = relative_error(&f(&x.iter().map(f32).collect::<Vec<_>>()), &y);
+        assert!(error < 1e-6, "{name}: f32 differs from f64 by {error:.1e}");
+        single = single.max(error);
+    }
+    println!("transformed convolutions: from candle's {far:.1e}, f32 {single:.1e}");
+}
+
+/// The transforms cost next to no accuracy.
+#[test]
+fn transformed_convolutions_are_as_exact_as_plain_ones() {
+    let transformed: Layer = &|x| conv(x, 1, 1).forward(&x[0]);
+    // One row and column of padding more than is looked at: not a transformed geometry.
+    let plain: Layer = &|x| {
+        let y = conv(x, 1, Padding { before: 1, after: 2 }).forward(&x[0])?;
+        y.narrow(1, 0, x[0].dim(1)?)?.narrow(2, 0, x[0].dim(2)?)
+    };
+    for (x, outer) in [
+        ([2, 6, 4, 32], 32),
+        ([1, 16, 15, 64], 64),
+        ([1, 3, 4, 800], 40),
+        ([1, 4, 3, 40], 800),
+        ([1, 44, 40, 32], 32),
+    ] {
+        for mean in [0.0, 3.0] {
+            let mut single: Vec<Tensor> =
+                normals(&[&x, &[outer, x[3], 3, 3]]).iter().map(f32).collect();
+            single[0] = (&single[0] + mean).unwrap();
+            let double: Vec<Tensor> = single.iter().map(f64).collect();
+            let (exact, gradients) =
+                (transformed(&double).unwrap(), analytic(&double, transformed).0);
+            let errors = [transformed, plain].map(|f| {
+                let found = analytic(&single, f).0;
+                let of = |i: usize| relative_error(&found[i], &gradients[i]);
+                [relative_error(&f(&single).unwrap(), &exact), of(0), of(1)]
+            });
+            let name = format!("conv {x:?} of mean {mean} to {outer}");
+            let [[y, dx, dw], plain] = errors;
+            println!("{name}: y {y:.1e} dx {dx:.1e} dw {dw:.1e}");
+            println!("  plain: y {:.1e} dx {:.1e} dw {:.1e}", plain[0], plain[1], plain[2]);
+            for (transformed, plain) in errors[0].into_iter().zip(errors[1]) {
+                assert!(transformed < 4.0 * plain, "{name}: {errors:?}");
+            }
+        }
     }
 }
 

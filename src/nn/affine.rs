@@ -10,6 +10,14 @@ use super::kernel::{PARALLEL_FROM, Real, uninitialised};
 use super::simd::{Level, vectorised};
 use super::threads;
 use super::window::{Patches, Window};
+use super::winograd::{self, Filters};
+
+/// A weight in the form that is fastest to use again and again.
+#[derive(Clone, Debug)]
+pub enum Prepared<T> {
+    Panels(Packed<T>),
+    Filters(Filters<T>),
+}
 
 /// `y = W ∗ x`: a product of rows [rows, inner] with a weight [outer, inner], or a convolution
 /// of images with a weight [outer, channels, kh, kw].
@@ -55,19 +63,50 @@ impl Map {
         Cow::Owned(ordered)
     }
 
+    /// Whether the transformed product of [`winograd`] takes the place of the plain one.
+    fn transformed(&self) -> Option<&Window> {
+        self.window.as_ref().filter(|window| winograd::applies(window, self.outer))
+    }
+
     /// The weight in the form that [`Map::forward`] is fastest with.
-    pub fn pack<T: Real>(&self, weight: &[T]) -> Packed<T> {
+    pub fn pack<T: Real>(&self, weight: &[T]) -> Prepared<T> {
         let ordered = self.ordered(weight);
-        Packed::new(&self.right(&ordered), self.inner, self.outer)
+        match self.transformed() {
+            Some(window) => Prepared::Filters(self.filters(window, &ordered)),
+            None => Prepared::Panels(Packed::new(&self.right(&ordered), self.inner, self.outer)),
+        }
     }
 
     /// Bytes of [`Map::pack`]'s result.
-    pub fn packed_bytes<T>(&self) -> usize {
-        self.outer.next_multiple_of(NR) * self.inner * size_of::<T>()
+    pub fn packed_bytes<T: Real>(&self) -> usize {
+        match self.transformed() {
+            Some(window) => Filters::<T>::bytes(window.channels, self.outer),
+            None => self.outer.next_multiple_of(NR) * self.inner * size_of::<T>(),
+        }
     }
 
     fn right<'a, T: Real>(&self, ordered: &'a [T]) -> Transposed<'a, T> {
         Transposed { data: ordered, stride: self.inner, columns: self.outer }
+    }
+
+    /// The forward pass's filters.
+    fn filters<T: Real>(&self, window: &Window, ordered: &[T]) -> Filters<T> {
+        let (level, channels) = (Level::current(), window.channels);
+        Filters::new(channels, self.outer, |tap, panel, to| {
+            let data = &ordered[tap * channels..];
+            let source = Transposed { data, stride: self.inner, columns: self.outer };
+            source.pack(level, panel, 0..channels, to);
+        })
+    }
+
+    /// The filters that take output gradients to input gradients.
+    fn adjoint_filters<T: Real>(&self, window: &Window, ordered: &[T]) -> Filters<T> {
+        let (level, channels) = (Level::current(), window.channels);
+        Filters::new(self.outer, channels, |tap, panel, to| {
+            let data = &ordered[(window.taps() - 1 - tap) * channels..];
+            let source = Plain { data, stride: self.inner, columns: channels };
+            source.pack(level, panel, 0..self.outer, to);
+        })
     }
 
     /// `y` [rows, outer] = or += W ∗ `x`, then `finish`.
@@ -75,14 +114,26 @@ impl Map {
         &self,
         x: &[T],
         weight: &[T],
-        packed: Option<&Packed<T>>,
+        packed: Option<&Prepared<T>>,
         y: &mut [T],
         accumulate: bool,
         finish: &Finish<T>,
     ) {
+        if let Some(window) = self.transformed() {
+            let made;
+            let filters = match packed {
+                Some(Prepared::Filters(filters)) => filters,
+                _ => {
+                    made = self.filters(window, &self.ordered(weight));
+                    &made
+                }
+            };
+            winograd::convolve(window, self.outer, x, filters, y, accumulate, finish);
+            return;
+        }
         match packed {
-            Some(packed) => self.times(x, packed, y, accumulate, finish),
-            None => self.times(x, &self.right(&self.ordered(weight)), y, accumulate, finish),
+            Some(Prepared::Panels(packed)) => self.times(x, packed, y, accumulate, finish),
+            _ => self.times(x, &self.right(&self.ordered(weight)), y, accumulate, finish),
         }
     }
 
@@ -119,6 +170,29 @@ impl Map {
         let direct = window.enlarged == (window.height, window.width);
         let pixels = window.batch * window.enlarged.0 * window.enlarged.1;
         if let Some(adjoint) = window.adjoint(self.outer) {
+            if winograd::applies(&adjoint, window.channels) {
+                let filters = self.adjoint_filters(window, &ordered);
+                let channels = window.channels;
+                if direct {
+                    winograd::convolve(&adjoint, channels, dy, &filters, dx, accumulate, &nothing);
+                    return;
+                }
+                let mut enlarged = uninitialised(pixels * channels);
+                winograd::convolve(
+                    &adjoint,
+                    channels,
+                    dy,
+                    &filters,
+                    &mut enlarged,
+                    false,
+                    &nothing,
+                );
+                if !accumulate {
+                    dx.fill(T::ZERO);
+                }
+                window.shrink(&enlarged, dx);
+                return;
+            }
             let (taps, channels) = (window.taps(), window.channels);
             let right = FlippedTaps { data: &ordered[..], outer: self.outer, taps, channels };
             let sizes = (pixels, window.channels, self.outer * window.taps());
@@ -162,7 +236,11 @@ impl Map {
             product(sizes, &left, &right, &mut dw, false, &nothing);
             return dw;
         };
-        product(sizes, &left, &Patches { window, images: x }, &mut dw, false, &nothing);
+        if let Some(window) = self.transformed() {
+            dw = winograd::weight_gradient(window, self.outer, x, dy);
+        } else {
+            product(sizes, &left, &Patches { window, images: x }, &mut dw, false, &nothing);
+        }
         let (taps, channels) = (window.taps(), window.channels);
         if taps > 1 {
             threads::chunks(&mut dw, self.inner, true, |_, row| {

@@ -7,9 +7,9 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{Device, Result, Shape, Tensor, bail};
 
-use super::affine::{Map, column_sums};
+use super::affine::{Map, Prepared, column_sums};
 use super::autograd::{attach, wanted};
-use super::gemm::{Finish, Packed, Plain, Rows, product};
+use super::gemm::{Finish, Plain, Rows, product};
 use super::kernel::{Real, View, uninitialised};
 
 /// A low-rank update (LoRA, arXiv 2106.09685): `W' = W + scale · up · down`,
@@ -78,7 +78,7 @@ fn limit() -> usize {
 }
 
 impl PackedWeight {
-    fn get<T: Real>(&self) -> Option<&Packed<T>> {
+    fn get<T: Real>(&self) -> Option<&Prepared<T>> {
         self.0.get()?.packed.downcast_ref()
     }
 
@@ -88,7 +88,7 @@ impl PackedWeight {
         map: &Map,
         layer: &Weights,
         limit: usize,
-    ) -> Result<Option<&Packed<T>>> {
+    ) -> Result<Option<&Prepared<T>>> {
         let bytes = map.packed_bytes::<T>();
         if self.0.get().is_none() && !layer.weight.track_op() {
             if HELD.fetch_add(bytes, Ordering::Relaxed) + bytes <= limit {
@@ -103,7 +103,7 @@ impl PackedWeight {
     }
 }
 
-fn pack<T: Real>(map: &Map, layer: &Weights) -> Result<Packed<T>> {
+fn pack<T: Real>(map: &Map, layer: &Weights) -> Result<Prepared<T>> {
     let weight = layer.weight.contiguous()?;
     let weight = View::<T>::of(&weight)?;
     let Some(adapter) = layer.adapter.filter(|a| a.is_constant()) else {
@@ -239,7 +239,7 @@ impl Operands {
     /// The output, and the scaled output of the adapter's first matrix.
     fn forward<T: Real>(
         &self,
-        packed: Option<&Packed<T>>,
+        packed: Option<&Prepared<T>>,
         merged: bool,
     ) -> Result<(Vec<T>, Option<Vec<T>>)> {
         let map = &self.map;

@@ -26,6 +26,7 @@ pub mod resample;
 pub mod simd;
 pub mod threads;
 mod window;
+mod winograd;
 
 pub use activation::{Activation, geglu};
 pub use attention::attention;

@@ -87,6 +87,17 @@ impl Window {
         ((at as f32 * scale) as usize).min(from - 1)
     }
 
+    /// The offset, in pixels, of a pixel of the enlarged image; none outside it.
+    #[inline(always)]
+    pub fn pixel(&self, image: usize, y: usize, x: usize) -> Option<usize> {
+        if y >= self.enlarged.0 || x >= self.enlarged.1 {
+            return None;
+        }
+        let row = Self::nearest(y, self.height, self.enlarged.0);
+        let column = Self::nearest(x, self.width, self.enlarged.1);
+        Some((image * self.height + row) * self.width + column)
+    }
+
     /// Image, row and column of an output pixel.
     #[inline(always)]
     fn place(&self, position: usize) -> (usize, usize, usize) {

@@ -69,7 +69,7 @@ impl<T: Real> Finish<'_, T> {
     }
 
     /// Finishes columns `column ..` of one row of a product of `n` columns.
-    fn row(&self, level: Level, row: usize, column: usize, n: usize, c: &mut [T]) {
+    pub fn row(&self, level: Level, row: usize, column: usize, n: usize, c: &mut [T]) {
         let columns = column..column + c.len();
         if let Some(bias) = self.bias {
             add(level, c, &bias[columns.clone()]);
