@@ -47,9 +47,10 @@ pub enum Piece {
 
 impl Piece {
     /// Every piece with the name it is reported under, in order of measurement.
-    pub const ALL: [(&'static str, Self); 6] = [
+    pub const ALL: [(&'static str, Self); 7] = [
         ("unet_forward_b1", Self::UnetForward(1)),
         ("unet_forward_b2", Self::UnetForward(2)),
+        ("unet_forward_b4", Self::UnetForward(4)),
         ("unet_forward_b8", Self::UnetForward(8)),
         ("vae_decode_b1", Self::VaeDecode),
         ("text_encode", Self::TextEncode),

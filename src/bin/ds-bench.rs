@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use diffusion_sharpening::bench::{nfe_sweep, parity_cmd, scene_report, speed, sweep_merge};
 use diffusion_sharpening::engine::CancelToken;
-use diffusion_sharpening::nn::threads;
+use diffusion_sharpening::nn::{memory, threads};
 
 #[global_allocator]
 static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -41,6 +41,7 @@ fn main() -> anyhow::Result<ExitCode> {
             tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()),
         )
         .init();
+    memory::keep_freed();
     threads::start(0)?;
     let work = std::thread::Builder::new().stack_size(STACK).spawn(move || run(cli.command))?;
     match work.join() {

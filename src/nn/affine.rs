@@ -70,14 +70,51 @@ impl Map {
 
     /// The weight in the form that [`Map::forward`] is fastest with.
     pub fn pack<T: Real>(&self, weight: &[T]) -> Prepared<T> {
-        let ordered = self.ordered(weight);
         match self.transformed() {
-            Some(window) => Prepared::Filters(self.filters(window, &ordered)),
-            None => Prepared::Panels(Packed::new(&self.right(&ordered), self.inner, self.outer)),
+            Some(window) => Prepared::Filters(self.filters(window, weight)),
+            None => {
+                let ordered = self.ordered(weight);
+                Prepared::Panels(Packed::new(&self.right(&ordered), self.inner, self.outer))
+            }
         }
     }
 
-    /// Bytes of [`Map::pack`]'s result.
+    /// The weight in the form that [`Map::input_gradient`] is fastest with.
+    pub fn pack_adjoint<T: Real>(&self, weight: &[T]) -> Prepared<T> {
+        let plain = Plain { data: weight, stride: self.inner, columns: self.inner };
+        let Some(window) = &self.window else {
+            return Prepared::Panels(Packed::new(&plain, self.outer, self.inner));
+        };
+        match window.adjoint(self.outer) {
+            Some(adjoint) if winograd::applies(&adjoint, window.channels) => {
+                Prepared::Filters(self.adjoint_filters(window, weight))
+            }
+            Some(_) => {
+                let ordered = self.ordered(weight);
+                let right = self.flipped(window, &ordered);
+                let inner = self.outer * window.taps();
+                Prepared::Panels(Packed::new(&right, inner, window.channels))
+            }
+            None => {
+                let ordered = self.ordered(weight);
+                let right = Plain { data: &ordered[..], ..plain };
+                Prepared::Panels(Packed::new(&right, self.outer, self.inner))
+            }
+        }
+    }
+
+    /// The right operand of the input gradient of a convolution of stride 1.
+    fn flipped<'a, T: Real>(&self, window: &Window, ordered: &'a [T]) -> FlippedTaps<'a, T> {
+        let (taps, channels) = (window.taps(), window.channels);
+        FlippedTaps { data: ordered, outer: self.outer, taps, channels }
+    }
+
+    /// Whether a packed weight has the form that these images need.
+    pub fn takes<T: Real>(&self, packed: &Prepared<T>) -> bool {
+        matches!(packed, Prepared::Filters(_)) == self.transformed().is_some()
+    }
+
+    /// About the bytes of [`Map::pack`]'s and [`Map::pack_adjoint`]'s results.
     pub fn packed_bytes<T: Real>(&self) -> usize {
         match self.transformed() {
             Some(window) => Filters::<T>::bytes(window.channels, self.outer),
@@ -90,22 +127,22 @@ impl Map {
     }
 
     /// The forward pass's filters.
-    fn filters<T: Real>(&self, window: &Window, ordered: &[T]) -> Filters<T> {
-        let (level, channels) = (Level::current(), window.channels);
-        Filters::new(channels, self.outer, |tap, panel, to| {
-            let data = &ordered[tap * channels..];
-            let source = Transposed { data, stride: self.inner, columns: self.outer };
-            source.pack(level, panel, 0..channels, to);
+    fn filters<T: Real>(&self, window: &Window, weight: &[T]) -> Filters<T> {
+        let (level, outer) = (Level::current(), self.outer);
+        Filters::new(window.channels, outer, false, |panel, channels, to| {
+            let from = &weight[panel * NR * self.inner + channels.start * 9..];
+            T::transpose(level, from, self.inner, (outer - panel * NR).min(NR), to);
         })
     }
 
     /// The filters that take output gradients to input gradients.
-    fn adjoint_filters<T: Real>(&self, window: &Window, ordered: &[T]) -> Filters<T> {
+    fn adjoint_filters<T: Real>(&self, window: &Window, weight: &[T]) -> Filters<T> {
         let (level, channels) = (Level::current(), window.channels);
-        Filters::new(self.outer, channels, |tap, panel, to| {
-            let data = &ordered[(window.taps() - 1 - tap) * channels..];
-            let source = Plain { data, stride: self.inner, columns: channels };
-            source.pack(level, panel, 0..self.outer, to);
+        Filters::new(self.outer, channels, true, |panel, outer, to| {
+            for (o, to) in outer.zip(to.chunks_exact_mut(9 * NR)) {
+                let from = &weight[o * self.inner + panel * NR * 9..];
+                T::transpose(level, from, 9, (channels - panel * NR).min(NR), to);
+            }
         })
     }
 
@@ -124,7 +161,7 @@ impl Map {
             let filters = match packed {
                 Some(Prepared::Filters(filters)) => filters,
                 _ => {
-                    made = self.filters(window, &self.ordered(weight));
+                    made = self.filters(window, weight);
                     &made
                 }
             };
@@ -157,71 +194,109 @@ impl Map {
         }
     }
 
-    /// `dx` = or += the gradient of the input, given that of the output.
-    pub fn input_gradient<T: Real>(&self, dy: &[T], weight: &[T], dx: &mut [T], accumulate: bool) {
-        let nothing = Finish::default();
+    /// `dx` = or += the gradient of the input, given that of the output; `packed` from
+    /// [`Map::pack_adjoint`].
+    pub fn input_gradient<T: Real>(
+        &self,
+        dy: &[T],
+        weight: &[T],
+        packed: Option<&Prepared<T>>,
+        dx: &mut [T],
+        accumulate: bool,
+    ) {
         let Some(window) = &self.window else {
-            let left = Rows { data: dy, stride: self.outer };
             let right = Plain { data: weight, stride: self.inner, columns: self.inner };
-            product((self.rows, self.inner, self.outer), &left, &right, dx, accumulate, &nothing);
+            self.times_adjoint(dy, packed, &right, dx, accumulate);
             return;
         };
-        let ordered = self.ordered(weight);
         let direct = window.enlarged == (window.height, window.width);
         let pixels = window.batch * window.enlarged.0 * window.enlarged.1;
-        if let Some(adjoint) = window.adjoint(self.outer) {
-            if winograd::applies(&adjoint, window.channels) {
-                let filters = self.adjoint_filters(window, &ordered);
-                let channels = window.channels;
-                if direct {
-                    winograd::convolve(&adjoint, channels, dy, &filters, dx, accumulate, &nothing);
-                    return;
-                }
-                let mut enlarged = uninitialised(pixels * channels);
-                winograd::convolve(
-                    &adjoint,
-                    channels,
-                    dy,
-                    &filters,
-                    &mut enlarged,
-                    false,
-                    &nothing,
-                );
-                if !accumulate {
-                    dx.fill(T::ZERO);
-                }
-                window.shrink(&enlarged, dx);
-                return;
-            }
-            let (taps, channels) = (window.taps(), window.channels);
-            let right = FlippedTaps { data: &ordered[..], outer: self.outer, taps, channels };
-            let sizes = (pixels, window.channels, self.outer * window.taps());
-            let left = Patches { window: &adjoint, images: dy };
-            if direct {
-                product(sizes, &left, &right, dx, accumulate, &nothing);
-                return;
-            }
-            let mut enlarged = uninitialised(pixels * window.channels);
-            product(sizes, &left, &right, &mut enlarged, false, &nothing);
-            if !accumulate {
-                dx.fill(T::ZERO);
-            }
-            window.shrink(&enlarged, dx);
+        let adjoint = window.adjoint(self.outer);
+        if let Some(adjoint) = adjoint.filter(|_| direct) {
+            self.unfold(window, &adjoint, dy, weight, packed, dx, accumulate);
             return;
         }
-        let right = Plain { data: &ordered[..], stride: self.inner, columns: self.inner };
-        let mut columns = uninitialised(self.rows * self.inner);
-        let left = Rows { data: dy, stride: self.outer };
-        product((self.rows, self.inner, self.outer), &left, &right, &mut columns, false, &nothing);
+        let mut columns = Vec::new();
+        let mut enlarged = match &adjoint {
+            Some(_) => uninitialised(pixels * window.channels),
+            None => {
+                columns = uninitialised(self.rows * self.inner);
+                let right = self.ordered(weight);
+                let right = Plain { data: &right[..], stride: self.inner, columns: self.inner };
+                self.times_adjoint(dy, packed, &right, &mut columns, false);
+                vec![T::ZERO; if direct { 0 } else { pixels * window.channels }]
+            }
+        };
         if !accumulate {
             dx.fill(T::ZERO);
         }
-        if direct {
-            window.scatter(&columns, dx);
-        } else {
-            let mut enlarged = vec![T::ZERO; pixels * window.channels];
-            window.scatter(&columns, &mut enlarged);
+        match &adjoint {
+            Some(adjoint) => {
+                self.unfold(window, adjoint, dy, weight, packed, &mut enlarged, false);
+            }
+            None if direct => window.scatter(&columns, dx),
+            None => window.scatter(&columns, &mut enlarged),
+        }
+        if !direct {
             window.shrink(&enlarged, dx);
+        }
+    }
+
+    /// `dx` [rows, inner] = or += dy · W.
+    fn times_adjoint<T: Real>(
+        &self,
+        dy: &[T],
+        packed: Option<&Prepared<T>>,
+        right: &impl RightSource<T>,
+        dx: &mut [T],
+        accumulate: bool,
+    ) {
+        let (left, nothing) = (Rows { data: dy, stride: self.outer }, Finish::default());
+        let sizes = (self.rows, self.inner, self.outer);
+        match packed {
+            Some(Prepared::Panels(packed)) => {
+                product(sizes, &left, packed, dx, accumulate, &nothing);
+            }
+            _ => product(sizes, &left, right, dx, accumulate, &nothing),
+        }
+    }
+
+    /// The gradient of the (enlarged) input of a convolution of stride 1.
+    #[allow(clippy::too_many_arguments)]
+    fn unfold<T: Real>(
+        &self,
+        window: &Window,
+        adjoint: &Window,
+        dy: &[T],
+        weight: &[T],
+        packed: Option<&Prepared<T>>,
+        dx: &mut [T],
+        accumulate: bool,
+    ) {
+        let (channels, nothing) = (window.channels, Finish::default());
+        if winograd::applies(adjoint, channels) {
+            let made;
+            let filters = match packed {
+                Some(Prepared::Filters(filters)) => filters,
+                _ => {
+                    made = self.adjoint_filters(window, weight);
+                    &made
+                }
+            };
+            winograd::convolve(adjoint, channels, dy, filters, dx, accumulate, &nothing);
+            return;
+        }
+        let left = Patches { window: adjoint, images: dy };
+        let sizes = (adjoint.positions(), channels, adjoint.depth());
+        match packed {
+            Some(Prepared::Panels(packed)) => {
+                product(sizes, &left, packed, dx, accumulate, &nothing);
+            }
+            _ => {
+                let ordered = self.ordered(weight);
+                let right = self.flipped(window, &ordered);
+                product(sizes, &left, &right, dx, accumulate, &nothing);
+            }
         }
     }
 

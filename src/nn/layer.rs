@@ -41,25 +41,41 @@ pub(super) struct Weights<'a> {
     pub packed: &'a PackedWeight,
 }
 
-/// A weight in the form that products are fastest with, made by the first call and shared by
-/// clones of the layer. An adapter that is not being trained is merged in.
+/// A weight in the forms that products are fastest with, made by the first call and shared by
+/// clones of the layer: for the forward pass, with an adapter that is not being trained merged
+/// in, and for the input's gradient.
 ///
 /// Only weights without gradient tracking are packed, and they are taken never to change.
 #[derive(Clone, Debug, Default)]
-pub struct PackedWeight(Arc<OnceLock<Held>>);
+pub struct PackedWeight(Arc<[OnceLock<Held>; 2]>);
+
+/// The forms of a [`PackedWeight`].
+const FORWARD: usize = 0;
+const ADJOINT: usize = 1;
 
 #[derive(Debug)]
 struct Held {
     packed: Box<dyn Any + Send + Sync>,
-    bytes: usize,
+    _claim: Claim,
+}
+
+/// Bytes that count towards the limit for as long as this lives.
+#[derive(Debug)]
+struct Claim(usize);
+
+impl Claim {
+    fn of(bytes: usize) -> Self {
+        HELD.fetch_add(bytes, Ordering::Relaxed);
+        Self(bytes)
+    }
 }
 
 /// Bytes of packed weights in this process.
 static HELD: AtomicUsize = AtomicUsize::new(0);
 
-impl Drop for Held {
+impl Drop for Claim {
     fn drop(&mut self) {
-        HELD.fetch_sub(self.bytes, Ordering::Relaxed);
+        HELD.fetch_sub(self.0, Ordering::Relaxed);
     }
 }
 
@@ -78,28 +94,25 @@ fn limit() -> usize {
 }
 
 impl PackedWeight {
-    fn get<T: Real>(&self) -> Option<&Prepared<T>> {
-        self.0.get()?.packed.downcast_ref()
-    }
-
-    /// The packed weight, made now if it may be.
-    fn make<T: Real>(
+    /// One form of the packed weight, made now if `limit` bytes of all of them allow.
+    fn get<T: Real>(
         &self,
-        map: &Map,
-        layer: &Weights,
+        form: usize,
+        bytes: usize,
         limit: usize,
+        make: impl FnOnce() -> Result<Prepared<T>>,
     ) -> Result<Option<&Prepared<T>>> {
-        let bytes = map.packed_bytes::<T>();
-        if self.0.get().is_none() && !layer.weight.track_op() {
-            if HELD.fetch_add(bytes, Ordering::Relaxed) + bytes <= limit {
-                let held = Held { packed: Box::new(pack::<T>(map, layer)?), bytes };
+        let place = &self.0[form];
+        if place.get().is_none() {
+            // Counted from here on, whatever happens to it.
+            let claim = Claim::of(bytes);
+            if HELD.load(Ordering::Relaxed) <= limit {
+                let held = Held { packed: Box::new(make()?), _claim: claim };
                 // Another thread may have been first.
-                drop(self.0.set(held));
-            } else {
-                HELD.fetch_sub(bytes, Ordering::Relaxed);
+                drop(place.set(held));
             }
         }
-        Ok(self.get())
+        Ok(place.get().and_then(|held| held.packed.downcast_ref()))
     }
 }
 
@@ -168,10 +181,16 @@ pub(super) fn apply<T: Real>(
     operands.check()?;
     let training = operands.all().any(wanted);
     let limit = if training { limit().min(TRAINING_LIMIT) } else { limit() };
-    let packed = layer.packed.make::<T>(&map, &layer, limit)?;
+    let packed = if layer.weight.track_op() {
+        None
+    } else {
+        let make = || pack::<T>(&map, &layer);
+        layer.packed.get(FORWARD, map.packed_bytes::<T>(), limit, make)?
+    };
+    let packed = packed.filter(|packed| map.takes(packed));
     let merged = packed.is_some() && layer.adapter.is_none_or(LowRank::is_constant);
     let (y, low) = operands.forward::<T>(packed, merged)?;
-    let backward = Gradients::of(&operands, low);
+    let backward = Gradients::of(&operands, low, layer.packed);
     let inputs: Vec<Tensor> = operands.all().cloned().collect();
     drop(operands);
     attach(y, shape, &inputs.iter().collect::<Vec<_>>(), move |dy| backward.all(dy))
@@ -276,6 +295,8 @@ struct Gradients<T> {
     x: Option<Tensor>,
     input: Option<Shape>,
     weight: Tensor,
+    /// Of a weight that stays.
+    packed: Option<PackedWeight>,
     weight_wanted: bool,
     bias: bool,
     adapter: Option<Factors>,
@@ -290,7 +311,7 @@ struct Gradients<T> {
 }
 
 impl<T: Real> Gradients<T> {
-    fn of(o: &Operands, low: Option<Vec<T>>) -> Self {
+    fn of(o: &Operands, low: Option<Vec<T>>, packed: &PackedWeight) -> Self {
         let (weight_wanted, adapter) = (wanted(&o.weight), o.adapter.as_ref());
         let down = adapter.is_some_and(|a| wanted(&a.down));
         let up = adapter.is_some_and(|a| wanted(&a.up));
@@ -300,6 +321,7 @@ impl<T: Real> Gradients<T> {
             x: (weight_wanted || down).then(|| o.x.detach()),
             input: wanted(&o.x).then(|| o.x.shape().clone()),
             weight: o.weight.detach(),
+            packed: (!o.weight.track_op()).then(|| packed.clone()),
             weight_wanted,
             bias: is_wanted(&o.bias),
             adapter: adapter.map(|a| Factors {
@@ -332,7 +354,8 @@ impl<T: Real> Gradients<T> {
         if let Some(a) = self.adapter.as_ref().filter(|_| self.input.is_some() || self.down) {
             let up = View::<T>::of(&a.up)?;
             let mut low = uninitialised(map.rows * a.rank);
-            Map::rows(map.rows, a.rank, map.outer).input_gradient(&dy, &up, &mut low, false);
+            let second = Map::rows(map.rows, a.rank, map.outer);
+            second.input_gradient(&dy, &up, None, &mut low, false);
             let scale = T::from_f64(a.scale);
             low.iter_mut().for_each(|v| *v *= scale);
             dlow = Some((a, low, map.with_outer(a.rank)));
@@ -340,9 +363,16 @@ impl<T: Real> Gradients<T> {
         if let Some(shape) = &self.input {
             let weight = View::<T>::of(&self.weight)?;
             let mut dx = uninitialised(map.input());
-            map.input_gradient(&dy, &weight, &mut dx, false);
+            let packed = match &self.packed {
+                Some(packed) => {
+                    let (bytes, limit) = (map.packed_bytes::<T>(), limit().min(TRAINING_LIMIT));
+                    packed.get(ADJOINT, bytes, limit, || Ok(map.pack_adjoint(&weight)))?
+                }
+                None => None,
+            };
+            map.input_gradient(&dy, &weight, packed, &mut dx, false);
             if let Some((a, low, first)) = &dlow {
-                first.input_gradient(low, &View::<T>::of(&a.down)?, &mut dx, true);
+                first.input_gradient(low, &View::<T>::of(&a.down)?, None, &mut dx, true);
             }
             found.push(tensor(dx, shape)?);
         }

@@ -21,6 +21,7 @@ mod group_norm;
 pub mod kernel;
 pub mod layer;
 pub mod linear;
+pub mod memory;
 pub mod norm;
 pub mod resample;
 pub mod simd;

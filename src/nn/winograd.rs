@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::gemm::{
-    Columns, Finish, KC, LEFT_STRIDE, Left, MR, NR, Plain, Tile, product, with_scratch,
+    Columns, Finish, KC, LEFT_STRIDE, Left, MR, NR, Plain, Tile, inner_block, product, with_scratch,
 };
 use super::kernel::{Real, uninitialised};
 use super::simd::{Level, vectorised};
@@ -21,8 +21,9 @@ const TILES: usize = 4 * MR;
 const GRADIENT_TILES: usize = KC;
 /// Values of [`MR`] rows of a left operand.
 const BLOCK: usize = MR * LEFT_STRIDE;
-/// Channels in and out from which the transforms are worth it.
+/// Channels in and out, and tiles of an image, from which the transforms are worth it.
 const LEAST_CHANNELS: usize = 32;
+const LEAST_TILES: usize = 4;
 
 /// Whether a convolution to `outer` channels is one of these. It depends on a single image,
 /// never on the batch.
@@ -31,7 +32,7 @@ pub fn applies(window: &Window, outer: usize) -> bool {
         && window.stride == 1
         && window.padding == 1
         && window.out == window.enlarged
-        && window.out.0.min(window.out.1) >= 2
+        && window.out.0.div_ceil(2) * window.out.1.div_ceil(2) >= LEAST_TILES
         && window.channels.min(outer) >= LEAST_CHANNELS
 }
 
@@ -43,20 +44,25 @@ pub struct Filters<T> {
 }
 
 impl<T: Real> Filters<T> {
-    /// `load(tap, panel, to)` writes one tap of one panel of columns, [inner, NR].
+    /// `load(panel, inner, to)` writes the taps of some inner indices of one panel of columns,
+    /// [inner, 9, NR]; `flipped` takes the taps backwards.
     pub fn new(
         inner: usize,
         columns: usize,
-        load: impl Fn(usize, usize, &mut [T]) + Sync + Send,
+        flipped: bool,
+        load: impl Fn(usize, Range<usize>, &mut [T]) + Sync + Send,
     ) -> Self {
-        let (level, length) = (Level::current(), inner * NR);
-        let mut data = uninitialised(columns.div_ceil(NR) * F * length);
-        threads::chunks(&mut data, F * length, true, |panel, to| {
-            with_scratch::<T, _>(9 * length, |taps| {
-                for (tap, to) in taps.chunks_exact_mut(length).enumerate() {
-                    load(tap, panel, to);
+        const ROWS: usize = 64;
+        let level = Level::current();
+        let mut data = uninitialised(columns.div_ceil(NR) * F * inner * NR);
+        threads::chunks(&mut data, F * inner * NR, true, |panel, to| {
+            with_scratch::<T, _>(ROWS * 9 * NR, |taps| {
+                for start in (0..inner).step_by(ROWS) {
+                    let range = start..(start + ROWS).min(inner);
+                    let taps = &mut taps[..range.len() * 9 * NR];
+                    load(panel, range, taps);
+                    transform_filters(level, taps, flipped, inner * NR, &mut to[start * NR..]);
                 }
-                transform_filters(level, taps, to);
             });
         });
         Self { data, inner }
@@ -92,39 +98,38 @@ macro_rules! over_channels {
 }
 
 vectorised! {
-    /// `to` [16, n] = G · `taps` [3, 3, n] · Gᵀ.
-    fn transform_filters<T: Real>(taps: &[T], to: &mut [T]) {
-        let n = taps.len() / 9;
+    /// G · tap · Gᵀ of `taps` [rows, 9, NR]: value v of row r to `to[v · stride + r · NR ..]`.
+    fn transform_filters<T: Real>(taps: &[T], flipped: bool, stride: usize, to: &mut [T]) {
         let half = T::from_f64(0.5);
-        over_channels!(0..n, at, N => {
-            let mut rows = [[[T::ZERO; N]; 3]; 4];
-            for j in 0..3 {
-                let a = &taps[j * n + at..][..N];
-                let b = &taps[(3 + j) * n + at..][..N];
-                let c = &taps[(6 + j) * n + at..][..N];
-                for l in 0..N {
-                    rows[0][j][l] = a[l];
-                    rows[1][j][l] = (a[l] + c[l]) * half + b[l] * half;
-                    rows[2][j][l] = (a[l] + c[l]) * half - b[l] * half;
-                    rows[3][j][l] = c[l];
+        for (r, taps) in taps.chunks_exact(9 * NR).enumerate() {
+            for at in (0..NR).step_by(16) {
+                let mut rows = [[[T::ZERO; 16]; 3]; 4];
+                #[allow(clippy::needless_range_loop)]
+                for j in 0..3 {
+                    let tap = |i: usize| if flipped { 8 - (3 * i + j) } else { 3 * i + j };
+                    let a = &taps[tap(0) * NR + at..][..16];
+                    let b = &taps[tap(1) * NR + at..][..16];
+                    let c = &taps[tap(2) * NR + at..][..16];
+                    for l in 0..16 {
+                        rows[0][j][l] = a[l];
+                        rows[1][j][l] = (a[l] + c[l]) * half + b[l] * half;
+                        rows[2][j][l] = (a[l] + c[l]) * half - b[l] * half;
+                        rows[3][j][l] = c[l];
+                    }
+                }
+                for (i, [a, b, c]) in rows.iter().enumerate() {
+                    let first = 4 * i * stride + r * NR + at;
+                    to[first..first + 16].copy_from_slice(a);
+                    for l in 0..16 {
+                        to[first + stride + l] = (a[l] + c[l]) * half + b[l] * half;
+                    }
+                    for l in 0..16 {
+                        to[first + 2 * stride + l] = (a[l] + c[l]) * half - b[l] * half;
+                    }
+                    to[first + 3 * stride..][..16].copy_from_slice(c);
                 }
             }
-            for (r, [a, b, c]) in rows.iter().enumerate() {
-                let first = 4 * r * n + at;
-                for l in 0..N {
-                    to[first + l] = a[l];
-                }
-                for l in 0..N {
-                    to[first + n + l] = (a[l] + c[l]) * half + b[l] * half;
-                }
-                for l in 0..N {
-                    to[first + 2 * n + l] = (a[l] + c[l]) * half - b[l] * half;
-                }
-                for l in 0..N {
-                    to[first + 3 * n + l] = c[l];
-                }
-            }
-        });
+        }
     }
 }
 
@@ -231,9 +236,7 @@ fn load<T: Real, const N: usize, const SIDE: usize>(
         for (lanes, pixel) in row.iter_mut().zip(pixels) {
             if let Some(pixel) = pixel {
                 let from = &from[pixel * channels + channel..][..N];
-                for l in 0..N {
-                    lanes[l] = from[l];
-                }
+                lanes.copy_from_slice(from);
             }
         }
     }
@@ -328,9 +331,7 @@ vectorised! {
             }
             for (i, [a, b]) in half.iter().enumerate() {
                 let at = 4 * i * stride + channel;
-                for l in 0..N {
-                    to[at + l] = a[l];
-                }
+                to[at..at + N].copy_from_slice(a);
                 for l in 0..N {
                     to[at + stride + l] = a[l] + b[l];
                 }
@@ -414,8 +415,9 @@ fn some_tiles<T: Real>(
     let (inputs, outputs) = (F * blocks * BLOCK, tiles.len() * width);
     with_scratch::<T, _>(inputs + F * outputs, |scratch| {
         let (v, m) = scratch.split_at_mut(inputs);
-        for start in (0..window.channels).step_by(KC) {
-            let inner = start..(start + KC).min(window.channels);
+        let depth = inner_block(window.channels);
+        for start in (0..window.channels).step_by(depth) {
+            let inner = start..(start + depth).min(window.channels);
             for (i, tile) in tiles.clone().enumerate() {
                 let pixels = grid.inputs(window, tile);
                 let to = &mut v[i / MR * BLOCK + i % MR * LEFT_STRIDE..];
@@ -458,6 +460,9 @@ fn some_tiles<T: Real>(
 pub fn weight_gradient<T: Real>(window: &Window, outer: usize, images: &[T], dy: &[T]) -> Vec<T> {
     let (level, grid, channels) = (Level::current(), Grid::of(window), window.channels);
     let size = outer * channels;
+    if grid.tiles() == 0 {
+        return vec![T::ZERO; 9 * size];
+    }
     let mut filters = uninitialised::<T>(F * size);
     for start in (0..grid.tiles()).step_by(GRADIENT_TILES) {
         let tiles = start..(start + GRADIENT_TILES).min(grid.tiles());
