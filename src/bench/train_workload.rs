@@ -55,16 +55,20 @@ impl Training {
         let (vars, unet) =
             if self.lora { with_adapter(&weights, &config)? } else { all(weights, &config)? };
         let mut gradients = Gradients::new(&vars, Missing::Refuse)?;
-        let mut optimizer = AdamW::new(&vars, AdamWConfig::new(RATE))?;
+        let optimizer = || AdamW::new(&vars, AdamWConfig::new(RATE));
+        let mut optimizer = self.optimise.then(optimizer).transpose()?;
         Ok(Box::new(move || {
             let Inputs { x, t, context, pooled, sizes } = &inputs;
             let prediction = unet.forward(x, t, context, pooled, sizes)?;
             let loss = (prediction - &target)?.sqr()?.mean_all()?;
             gradients.backward(&loss, 1.0)?;
-            if !self.optimise {
-                gradients.clear();
-            } else if let Step::Skipped { norm } = optimizer.step(&mut gradients)? {
-                return Err(Error::invalid("gradients", format!("their norm is {norm}")));
+            match &mut optimizer {
+                None => gradients.clear(),
+                Some(optimizer) => {
+                    if let Step::Skipped { norm } = optimizer.step(&mut gradients)? {
+                        return Err(Error::invalid("gradients", format!("their norm is {norm}")));
+                    }
+                }
             }
             Ok(loss.detach())
         }))

@@ -13,12 +13,12 @@ use super::window::Window;
 #[derive(Clone, Debug)]
 pub struct Conv2d {
     /// [out, in, kh, kw], as checkpoints have it.
-    pub weight: Tensor,
+    weight: Tensor,
     /// [out]
-    pub bias: Option<Tensor>,
-    pub stride: usize,
-    pub padding: Padding,
-    pub adapter: Option<LowRank>,
+    bias: Option<Tensor>,
+    stride: usize,
+    padding: Padding,
+    adapter: Option<LowRank>,
     packed: PackedWeight,
 }
 
@@ -38,6 +38,7 @@ impl From<usize> for Padding {
 }
 
 impl Conv2d {
+    /// `weight` [out, in, kh, kw], `bias` [out].
     pub fn new(
         weight: Tensor,
         bias: Option<Tensor>,

@@ -81,15 +81,19 @@ impl Drop for Claim {
 
 /// Most bytes of packed weights that training makes: a large network has enough rows for
 /// packing anew to cost little, and its memory is short.
-const TRAINING_LIMIT: usize = 256 << 20;
+const TRAINING_LIMIT: usize = 96 << 20;
 
 /// Most bytes of packed weights in this process: `DS_PACKED_MIB`, or 4 GiB. Layers beyond it
 /// work from their plain weights, a little slower.
 fn limit() -> usize {
     static LIMIT: OnceLock<usize> = OnceLock::new();
     *LIMIT.get_or_init(|| {
-        let mib = std::env::var("DS_PACKED_MIB").ok().and_then(|v| v.parse::<usize>().ok());
-        mib.unwrap_or(4096) << 20
+        let given = std::env::var("DS_PACKED_MIB").ok();
+        let mib = given.as_ref().and_then(|v| v.parse::<u32>().ok());
+        if let (Some(given), None) = (given, mib) {
+            tracing::warn!("DS_PACKED_MIB: expected a whole number of MiB, got '{given}'");
+        }
+        mib.unwrap_or(4096) as usize * (1 << 20)
     })
 }
 

@@ -10,14 +10,15 @@ use super::layer::{Added, LowRank, PackedWeight, Weights, apply};
 #[derive(Clone, Debug)]
 pub struct Linear {
     /// [out, in]
-    pub weight: Tensor,
+    weight: Tensor,
     /// [out]
-    pub bias: Option<Tensor>,
-    pub adapter: Option<LowRank>,
+    bias: Option<Tensor>,
+    adapter: Option<LowRank>,
     packed: PackedWeight,
 }
 
 impl Linear {
+    /// `weight` [out, in], `bias` [out].
     pub fn new(weight: Tensor, bias: Option<Tensor>, adapter: Option<LowRank>) -> Self {
         Self { weight, bias, adapter, packed: PackedWeight::default() }
     }

@@ -27,7 +27,11 @@ impl Level {
             let limit = match std::env::var("DS_SIMD").as_deref() {
                 Ok("plain") => Self::Plain,
                 Ok("avx2") => Self::Avx2,
-                _ => Self::Avx512,
+                Ok("avx512") | Err(_) => Self::Avx512,
+                Ok(other) => {
+                    tracing::warn!("DS_SIMD: expected plain, avx2 or avx512, got '{other}'");
+                    Self::Avx512
+                }
             };
             Self::supported().into_iter().filter(|l| *l <= limit).max().unwrap_or(Self::Plain)
         })
