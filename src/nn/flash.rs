@@ -8,7 +8,7 @@ use super::gemm::{
 };
 use super::kernel::{Real, sum_by, uninitialised};
 use super::simd::{Level, vectorised};
-use super::threads;
+use super::threads::{self, Shared};
 
 /// Multiply-adds below which the work stays on one thread.
 const SERIAL: usize = 1 << 17;
@@ -66,20 +66,6 @@ impl Heads {
     /// Values of [`MR`] rows of a head in pieces.
     fn left(&self) -> usize {
         self.size.div_ceil(KC) * MR * LEFT_STRIDE
-    }
-}
-
-/// A pointer that tasks write disjoint elements through.
-#[derive(Clone, Copy)]
-struct Shared<T>(*mut T);
-// SAFETY: tasks write disjoint rows or heads.
-unsafe impl<T: Send> Send for Shared<T> {}
-// SAFETY: as above.
-unsafe impl<T: Send> Sync for Shared<T> {}
-
-impl<T> Shared<T> {
-    fn at(&self, offset: usize) -> *mut T {
-        self.0.wrapping_add(offset)
     }
 }
 
@@ -184,7 +170,7 @@ pub fn forward<T: Real>(
         normalisers.fill(T::ZERO);
         return (out, normalisers);
     }
-    let (o, n) = (Shared(out.as_mut_ptr()), Shared(normalisers.as_mut_ptr()));
+    let (o, n) = (Shared::of(&mut out), Shared::of(&mut normalisers));
     let blocks = h.targets.div_ceil(MR);
     let one = |head: usize, blocks: Range<usize>, kt: &Packed<T>, v: &Packed<T>| {
         let block = Block { h, level, head, kt, v, mask };
@@ -298,7 +284,7 @@ pub fn backward<T: Real>(
         gradients.iter_mut().for_each(|g| g.fill(T::ZERO));
         return gradients;
     }
-    let [dq, dk, dv] = gradients.each_mut().map(|g| Shared(g.as_mut_ptr()));
+    let [dq, dk, dv] = gradients.each_mut().map(|g| Shared::of(g));
     let level = Level::current();
     let one = |head: usize| {
         let back = Back {

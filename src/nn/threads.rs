@@ -67,3 +67,22 @@ pub fn chunks<T: Send>(
         values.chunks_mut(size.max(1)).enumerate().for_each(|(i, chunk)| each(i, chunk));
     }
 }
+
+/// The memory of a slice that tasks write disjoint elements of.
+#[derive(Clone, Copy)]
+pub struct Shared<T>(*mut T);
+// SAFETY: writing through the pointer is unsafe, and its users' tasks share no element.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    pub fn of(values: &mut [T]) -> Self {
+        Self(values.as_mut_ptr())
+    }
+
+    /// The place of an element, which lies in the slice.
+    pub fn at(&self, offset: usize) -> *mut T {
+        self.0.wrapping_add(offset)
+    }
+}

@@ -20,7 +20,7 @@ pub use transpose::Transpose;
 
 use super::kernel::Real;
 use super::simd::{Level, vectorised};
-use super::threads;
+use super::threads::{self, Shared};
 
 /// Columns of the right operand that are kept in the cache at once.
 const NC: usize = 12 * NR;
@@ -90,21 +90,6 @@ vectorised! {
     }
 }
 
-/// A pointer into an output of which every task writes its own rows and columns.
-#[derive(Clone, Copy)]
-struct Output<T>(*mut T);
-// SAFETY: tasks write disjoint elements, see `product`.
-unsafe impl<T: Send> Send for Output<T> {}
-// SAFETY: as above.
-unsafe impl<T: Send> Sync for Output<T> {}
-
-impl<T> Output<T> {
-    fn at(&self, offset: usize) -> *mut T {
-        // Inside the allocation: `product` checks the output's length.
-        self.0.wrapping_add(offset)
-    }
-}
-
 /// Splits `count` blocks into `parts` ranges.
 fn part(count: usize, parts: usize, i: usize) -> Range<usize> {
     count * i / parts..count * (i + 1) / parts
@@ -146,7 +131,7 @@ pub fn product<T: Real, L: LeftSource<T>, R: RightSource<T>>(
         let columns = panels.min(threads);
         (threads.div_ceil(columns).min(blocks), columns)
     };
-    let output = Output(c.as_mut_ptr());
+    let output = Shared::of(c);
     let task = |i: usize| {
         let rows = part(blocks, row_parts, i % row_parts);
         let columns = part(panels, column_parts, i / row_parts);
@@ -163,7 +148,7 @@ struct Job<'a, T, L, R> {
     k: usize,
     left: &'a L,
     right: &'a R,
-    output: Output<T>,
+    output: Shared<T>,
     accumulate: bool,
     finish: &'a Finish<'a, T>,
 }
