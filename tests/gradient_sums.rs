@@ -44,7 +44,8 @@ fn loss(v: &Vars, x: &Tensor) -> Tensor {
     let mut h = x.clone();
     for round in 0..2 {
         let shift = Some(&v["shift"]);
-        let added = diffusion_sharpening::nn::Added { shift: shift.map(Var::as_tensor), residual: None };
+        let added =
+            diffusion_sharpening::nn::Added { shift: shift.map(Var::as_tensor), residual: None };
         let inner = conv.forward_added(&norm.forward_silu(&h).unwrap(), added).unwrap();
         let onto = if round == 0 { t("residual") } else { h.clone() };
         h = linear.forward_onto(&Activation::Silu.forward(&inner).unwrap(), &onto).unwrap();

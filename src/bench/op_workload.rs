@@ -6,6 +6,7 @@
 use candle_core::{Device, Tensor, Var};
 
 use super::workload::Work;
+use crate::nn::autograd::attach;
 use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, attention, geglu};
 use crate::{Error, Result};
 
@@ -65,11 +66,19 @@ pub fn prepare(name: &str) -> Result<Work<'static>> {
     let run = op.layer(tracked[1..].to_vec());
     let fixed = Tensor::randn(0_f32, 1.0, run(&tracked[0])?.shape(), &Device::Cpu)?;
     Ok(Box::new(move || {
-        let loss = (run(&tracked[0])? * &fixed)?.sum_all()?;
-        let gradients = loss.backward()?;
+        let gradients = weighted_sum(&run(&tracked[0])?, &fixed)?.backward()?;
         let of = |v: &Var| gradients.get(v).cloned();
         of(&vars[0]).ok_or_else(|| Error::invalid("only", "the operation has no gradient"))
     }))
+}
+
+/// Σ y·fixed. candle's own operations would also compute the gradient of `fixed`, and spread
+/// the sum's gradient out element by element.
+fn weighted_sum(y: &Tensor, fixed: &Tensor) -> Result<Tensor> {
+    let sum = (y.detach() * fixed)?.sum_all()?.to_scalar::<f32>()?;
+    let fixed = fixed.clone();
+    let backward = move |g: &Tensor| Ok(vec![fixed.affine(f64::from(g.to_scalar::<f32>()?), 0.0)?]);
+    Ok(attach(vec![sum], (), &[y], backward)?)
 }
 
 impl Op {
