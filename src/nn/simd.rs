@@ -40,20 +40,25 @@ impl Level {
     /// Every level that this processor can run.
     pub fn supported() -> Vec<Self> {
         let mut levels = vec![Self::Plain];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                levels.push(Self::Avx2);
-                if is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512dq")
-                    && is_x86_feature_detected!("avx512vl")
-                {
-                    levels.push(Self::Avx512);
-                }
-            }
-        }
+        levels.extend(Self::vector_levels());
         levels
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn vector_levels() -> Vec<Self> {
+        if !is_x86_feature_detected!("avx2") || !is_x86_feature_detected!("fma") {
+            return Vec::new();
+        }
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
+        if avx512 { vec![Self::Avx2, Self::Avx512] } else { vec![Self::Avx2] }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn vector_levels() -> Vec<Self> {
+        Vec::new()
     }
 
     /// The level that kernels called from this thread use.
