@@ -106,6 +106,18 @@ impl Window {
         (image, rest / self.out.1, rest % self.out.1)
     }
 
+    /// The output pixel after this one, without a division.
+    #[inline(always)]
+    fn after(&self, (image, y, x): (usize, usize, usize)) -> (usize, usize, usize) {
+        if x + 1 < self.out.1 {
+            (image, y, x + 1)
+        } else if y + 1 < self.out.0 {
+            (image, y + 1, 0)
+        } else {
+            (image + 1, 0, 0)
+        }
+    }
+
     /// Copies values `inner` of what output pixel (image, y, x) sees; zeros outside the image.
     #[inline(always)]
     fn gather<T: Real>(
@@ -219,16 +231,10 @@ vectorised! {
     fn patch_rows<T: Real>(
         window: &Window, images: &[T], first: usize, rows: usize, inner: Range<usize>, to: &mut [T],
     ) {
-        let (mut image, mut y, mut x) = window.place(first);
+        let mut place = window.place(first);
         for i in 0..rows {
-            window.gather(images, (image, y, x), &inner, &mut to[i * LEFT_STRIDE..][..inner.len()]);
-            x += 1;
-            if x == window.out.1 {
-                (x, y) = (0, y + 1);
-                if y == window.out.0 {
-                    (y, image) = (0, image + 1);
-                }
-            }
+            window.gather(images, place, &inner, &mut to[i * LEFT_STRIDE..][..inner.len()]);
+            place = window.after(place);
         }
     }
 }
@@ -245,17 +251,11 @@ vectorised! {
         window: &Window, images: &[T], column: usize, positions: Range<usize>, to: &mut [T],
     ) {
         let inner = column..(column + NR).min(window.depth());
-        let (mut image, mut y, mut x) = window.place(positions.start);
+        let mut place = window.place(positions.start);
         for to in to.chunks_exact_mut(NR) {
-            window.gather(images, (image, y, x), &inner, &mut to[..inner.len()]);
+            window.gather(images, place, &inner, &mut to[..inner.len()]);
             to[inner.len()..].fill(T::ZERO);
-            x += 1;
-            if x == window.out.1 {
-                (x, y) = (0, y + 1);
-                if y == window.out.0 {
-                    (y, image) = (0, image + 1);
-                }
-            }
+            place = window.after(place);
         }
     }
 }
