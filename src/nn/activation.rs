@@ -3,7 +3,7 @@
 use candle_core::{D, Device, Result, Tensor, bail};
 
 use super::autograd::attach;
-use super::kernel::{PARALLEL_FROM, Real, View, dispatch, fused, sigmoid, uninitialised};
+use super::kernel::{PARALLEL_FROM, Place, Real, View, dispatch, place, sigmoid, uninitialised};
 use super::simd::{Level, vectorised};
 use super::threads;
 
@@ -29,15 +29,17 @@ impl Activation {
     }
 
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
-        if fused(x) {
-            let x = x.contiguous()?;
-            return dispatch!(x.dtype(), T => self.run::<T>(&x));
-        }
-        // Spelled out, exp(-x) overflows far below zero and its gradient is 0 · ∞.
-        match self {
-            Self::Gelu => x.gelu_erf(),
-            Self::Silu => x.silu(),
-            Self::QuickGelu => (x * 1.702)?.silu()? / 1.702,
+        match (place(x), self) {
+            (Place::Cpu, _) => {
+                let x = x.contiguous()?;
+                dispatch!(x.dtype(), T => self.run::<T>(&x))
+            }
+            #[cfg(feature = "cuda")]
+            (Place::Gpu, _) => super::cuda::activation(self, x),
+            // Spelled out, exp(-x) overflows far below zero and its gradient is 0 · ∞.
+            (Place::Other, Self::Gelu) => x.gelu_erf(),
+            (Place::Other, Self::Silu) => x.silu(),
+            (Place::Other, Self::QuickGelu) => (x * 1.702)?.silu()? / 1.702,
         }
     }
 
@@ -154,13 +156,19 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
         bail!("geglu: an odd width of {width}");
     }
     let half = width / 2;
-    if !fused(x) {
-        let value = x.narrow(D::Minus1, 0, half)?.contiguous()?;
-        let gate = x.narrow(D::Minus1, half, half)?.contiguous()?;
-        return value * Activation::Gelu.forward(&gate)?;
+    match place(x) {
+        Place::Cpu => {
+            let x = x.contiguous()?;
+            dispatch!(x.dtype(), T => run_geglu::<T>(&x, half))
+        }
+        #[cfg(feature = "cuda")]
+        Place::Gpu => super::cuda::geglu(x, half),
+        Place::Other => {
+            let value = x.narrow(D::Minus1, 0, half)?.contiguous()?;
+            let gate = x.narrow(D::Minus1, half, half)?.contiguous()?;
+            value * Activation::Gelu.forward(&gate)?
+        }
     }
-    let x = x.contiguous()?;
-    dispatch!(x.dtype(), T => run_geglu::<T>(&x, half))
 }
 
 fn run_geglu<T: Real>(x: &Tensor, half: usize) -> Result<Tensor> {

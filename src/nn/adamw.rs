@@ -36,20 +36,20 @@ pub struct Hyper {
 
 /// A step's scalars: computed in f64, used in f32, as PyTorch does.
 #[derive(Clone, Copy, Debug)]
-struct Scalars {
-    scale: f32,
+pub(super) struct Scalars {
+    pub scale: f32,
     /// 1 − lr · weight_decay
-    keep: f32,
+    pub keep: f32,
     /// 1 − beta1
-    rest1: f32,
-    beta2: f32,
+    pub rest1: f32,
+    pub beta2: f32,
     /// 1 − beta2
-    rest2: f32,
+    pub rest2: f32,
     /// −lr / (1 − beta1^t)
-    step_size: f32,
+    pub step_size: f32,
     /// √(1 − beta2^t)
-    root: f32,
-    eps: f32,
+    pub root: f32,
+    pub eps: f32,
 }
 
 impl Scalars {
@@ -214,6 +214,12 @@ pub fn in_place(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32 && x.is_contiguous()
 }
 
+/// Whether the GPU's kernels work on `x` in place.
+#[cfg(feature = "cuda")]
+fn on_gpu(x: &Tensor) -> bool {
+    x.device().is_cuda() && x.dtype() == DType::F32 && x.is_contiguous()
+}
+
 fn slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
     match (storage, layout.contiguous_offsets()) {
         (CpuStorage::F32(values), Some((from, to))) => match values.get_mut(from..to) {
@@ -300,6 +306,10 @@ pub fn update_var(p: &Var, g: &Tensor, m: &Var, v: &Var, hyper: &Hyper, step: u6
     if [p.as_tensor(), &g, m.as_tensor(), v.as_tensor()].into_iter().all(in_place) {
         return p.inplace_op2(&g, &Update { m, v, hyper, step });
     }
+    #[cfg(feature = "cuda")]
+    if [p.as_tensor(), &g, m.as_tensor(), v.as_tensor()].into_iter().all(on_gpu) {
+        return super::cuda::update(p, &g, m, v, &Scalars::new(hyper, step)?);
+    }
     update_composed(p, &g, m, v, hyper, step)
 }
 
@@ -363,6 +373,11 @@ pub fn add_scaled(sum: Tensor, gradient: &Tensor, scale: f64) -> Result<Tensor> 
         sum.inplace_op2(&gradient, &Accumulate(scale as f32))?;
         return Ok(sum);
     }
+    #[cfg(feature = "cuda")]
+    if on_gpu(&sum) && on_gpu(&gradient) {
+        super::cuda::add_scaled(&sum, &gradient, scale as f32)?;
+        return Ok(sum);
+    }
     sum + gradient.affine(scale, 0.0)?
 }
 
@@ -372,6 +387,10 @@ pub fn squared_norm_of(x: &Tensor) -> Result<f64> {
     if x.device().is_cpu() && x.dtype() == DType::F32 {
         let x = x.contiguous()?;
         return Ok(squared_norm(&View::of(&x)?));
+    }
+    #[cfg(feature = "cuda")]
+    if on_gpu(&x.contiguous()?) {
+        return super::cuda::squared_norm(&x.contiguous()?);
     }
     x.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar()
 }

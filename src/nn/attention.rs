@@ -4,7 +4,7 @@ use candle_core::{D, DType, Device, Result, Tensor, bail};
 
 use super::autograd::{attach, wanted};
 use super::flash::{self, Heads};
-use super::kernel::{Real, View, dispatch, fused};
+use super::kernel::{Place, Real, View, dispatch, place};
 
 /// softmax(q kᵀ / √d + mask) v over `heads` heads, scores in f32 or better, which are never
 /// stored as a whole on the CPU (FlashAttention, arXiv 2205.14135).
@@ -30,11 +30,15 @@ pub fn attention(
     {
         bail!("attention: mask {:?} for {targets} on {sources}", mask.dims());
     }
-    if !fused(q) {
-        return composed(q, k, v, heads, mask);
-    }
     let shape = Heads { batch, targets, sources, heads, size: width / heads };
-    dispatch!(q.dtype(), T => run::<T>(shape, [q, k, v], mask))
+    match place(q) {
+        Place::Cpu => dispatch!(q.dtype(), T => run::<T>(shape, [q, k, v], mask)),
+        #[cfg(feature = "cuda")]
+        Place::Gpu if mask.is_none() && super::cuda::attends(&shape) => {
+            super::cuda::attention(shape, [q, k, v])
+        }
+        _ => composed(q, k, v, heads, mask),
+    }
 }
 
 fn run<T: Real>(shape: Heads, qkv: [&Tensor; 3], mask: Option<&Tensor>) -> Result<Tensor> {

@@ -4,9 +4,12 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::cpu_backend::CpuDevice;
+use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, TensorId,
-    WithDType, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Storage,
+    Tensor, TensorId, WithDType, bail,
 };
 
 use super::adamw::add_scaled;
@@ -79,14 +82,35 @@ pub fn wanted(x: &Tensor) -> bool {
 /// The gradients of some inputs, in their order.
 type Backward = dyn Fn(&Tensor) -> Result<Vec<Tensor>> + Send + Sync;
 
-/// A tensor of `values`, whose gradient `backward` (given a contiguous tensor of `shape`)
+/// [`attach_storage`] of values on the CPU.
+///
+/// # Errors
+/// candle's.
+pub fn attach<T: WithDType>(
+    values: Vec<T>,
+    shape: impl Into<Shape>,
+    inputs: &[&Tensor],
+    backward: impl Fn(&Tensor) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    attach_storage(Storage::Cpu(T::to_cpu_storage_owned(values)), shape, inputs, backward)
+}
+
+/// A tensor of values that are on a device already.
+pub fn constant(storage: Storage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
+
+/// A tensor of `storage`, whose gradient `backward` (given a contiguous tensor of `shape`)
 /// turns into the gradients of `inputs`: exactly of those that [`wanted`] names, in order. A
 /// variable's gradient must have memory of its own, to which others may be added.
 ///
 /// candle's custom operations take at most three inputs, so more are chained: every link
 /// hands the gradient on to the one before.
-pub fn attach<T: WithDType>(
-    values: Vec<T>,
+///
+/// # Errors
+/// candle's.
+pub fn attach_storage(
+    storage: Storage,
     shape: impl Into<Shape>,
     inputs: &[&Tensor],
     backward: impl Fn(&Tensor) -> Result<Vec<Tensor>> + Send + Sync + 'static,
@@ -94,22 +118,23 @@ pub fn attach<T: WithDType>(
     let shape = shape.into();
     let inputs: Vec<&Tensor> = inputs.iter().copied().filter(|x| wanted(x)).collect();
     if inputs.is_empty() {
-        return Tensor::from_vec(values, shape, &Device::Cpu);
+        return Ok(constant(storage, shape));
     }
     let shared = Arc::new(Shared { backward: Box::new(backward), rest: Mutex::default() });
-    let mut values = Some(T::to_cpu_storage_owned(values));
+    let mut storage = Some(storage);
     // The first link takes up to three inputs, each further one the link before and two more.
     let mut links = vec![inputs[..inputs.len().min(3)].to_vec()];
     links.extend(inputs[inputs.len().min(3)..].chunks(2).map(<[_]>::to_vec));
     let (count, mut before): (usize, Option<Tensor>) = (links.len(), None);
     for (i, own) in links.into_iter().enumerate() {
         // Only the last link's values are ever looked at.
-        let storage = if i + 1 == count { values.take() } else { None };
+        let values = if i + 1 == count {
+            storage.take()
+        } else {
+            storage.as_ref().map(empty_like).transpose()?
+        };
         let link = Link {
-            output: Mutex::new(Some((
-                storage.unwrap_or_else(|| T::to_cpu_storage_owned(Vec::new())),
-                shape.clone(),
-            ))),
+            output: Mutex::new(values.map(|values| (values, shape.clone()))),
             shared: shared.clone(),
             own: own.iter().map(|x| x.is_variable().then(|| x.id())).collect(),
             first: i == 0,
@@ -127,6 +152,16 @@ pub fn attach<T: WithDType>(
     before.map_or_else(|| bail!("an operation without inputs"), Ok)
 }
 
+/// Of the same type on the same device, with no values or hardly any.
+fn empty_like(storage: &Storage) -> Result<Storage> {
+    Ok(match storage {
+        Storage::Cpu(s) => Storage::Cpu(CpuDevice.zeros_impl(&Shape::from(0), s.dtype())?),
+        // A device gives no empty memory.
+        Storage::Cuda(s) => Storage::Cuda(s.device().zeros_impl(&Shape::from(1), s.dtype())?),
+        Storage::Metal(_) => bail!("layers do not run on Metal"),
+    })
+}
+
 struct Shared {
     backward: Box<Backward>,
     /// Gradients that earlier links still have to hand out.
@@ -135,7 +170,7 @@ struct Shared {
 
 /// One custom operation of candle's graph.
 struct Link {
-    output: Mutex<Option<(CpuStorage, Shape)>>,
+    output: Mutex<Option<(Storage, Shape)>>,
     shared: Arc<Shared>,
     /// Inputs other than the link before, and which of them are variables.
     own: Vec<Option<TensorId>>,
@@ -144,7 +179,7 @@ struct Link {
 }
 
 impl Link {
-    fn forward(&self) -> Result<(CpuStorage, Shape)> {
+    fn forward(&self) -> Result<(Storage, Shape)> {
         let output = self.output.lock().unwrap_or_else(PoisonError::into_inner).take();
         output.map_or_else(|| bail!("an operation runs once"), Ok)
     }
@@ -185,7 +220,17 @@ macro_rules! custom_op {
             }
 
             fn cpu_fwd(&self, $($storage: &CpuStorage, $layout: &Layout),*) -> Result<(CpuStorage, Shape)> {
-                self.forward()
+                match self.forward()? {
+                    (Storage::Cpu(storage), shape) => Ok((storage, shape)),
+                    _ => bail!("a layer's inputs and output are on different devices"),
+                }
+            }
+
+            fn cuda_fwd(&self, $($storage: &CudaStorage, $layout: &Layout),*) -> Result<(CudaStorage, Shape)> {
+                match self.forward()? {
+                    (Storage::Cuda(storage), shape) => Ok((storage, shape)),
+                    _ => bail!("a layer's inputs and output are on different devices"),
+                }
             }
 
             fn bwd(&self, $($arg: &Tensor,)* _res: &Tensor, gradient: &Tensor) -> Result<$result> {

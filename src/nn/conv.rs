@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::affine::Map;
-use super::kernel::{dispatch, fused};
+use super::kernel::{Place, place};
 use super::layer::{Added, LowRank, PackedWeight, Weights, apply};
 use super::resample::nearest;
 use super::window::Window;
@@ -69,7 +69,7 @@ impl Conv2d {
 
     fn run(&self, x: &Tensor, enlarged: (usize, usize), added: Added) -> Result<Tensor> {
         let (window, outer) = self.window(x, enlarged)?;
-        if !fused(x) {
+        if place(x) == Place::Other {
             return self.composed(x, enlarged, added);
         }
         let weights = Weights {
@@ -80,7 +80,7 @@ impl Conv2d {
         };
         let shape = (window.batch, window.out.0, window.out.1, outer);
         let map = Map::images(window, outer);
-        dispatch!(x.dtype(), T => apply::<T>(map, x, weights, added, shape))
+        apply(map, x, weights, added, shape)
     }
 
     fn window(&self, x: &Tensor, enlarged: (usize, usize)) -> Result<(Window, usize)> {

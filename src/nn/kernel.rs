@@ -135,9 +135,29 @@ pub fn sum_by<T: Real>(values: &[T], f: impl Fn(T) -> T) -> T {
     lanes.into_iter().sum::<T>() + rest
 }
 
-/// Whether the fused CPU kernels apply to this tensor.
-pub fn fused(x: &Tensor) -> bool {
-    x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::F64)
+/// Whose kernels apply to a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Those of this floor for f32 and f64.
+    Cpu,
+    /// Those of `nn::cuda`.
+    #[cfg(feature = "cuda")]
+    Gpu,
+    /// candle's own operations.
+    Other,
+}
+
+/// Whose kernels apply to this tensor.
+pub fn place(x: &Tensor) -> Place {
+    #[cfg(feature = "cuda")]
+    if super::cuda::takes(x) {
+        return Place::Gpu;
+    }
+    if x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::F64) {
+        Place::Cpu
+    } else {
+        Place::Other
+    }
 }
 
 /// The elements of a contiguous CPU storage.

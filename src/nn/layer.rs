@@ -5,12 +5,12 @@ use std::any::Any;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{Device, Result, Shape, Tensor, bail};
+use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 
 use super::affine::{Map, Prepared, column_sums};
 use super::autograd::{attach, wanted};
 use super::gemm::{Finish, Plain, Rows, product};
-use super::kernel::{Real, View, uninitialised};
+use super::kernel::{Real, View, dispatch, uninitialised};
 
 /// A low-rank update (LoRA, arXiv 2106.09685): `W' = W + scale · up · down`,
 /// `scale = alpha / rank`.
@@ -99,13 +99,13 @@ fn limit() -> usize {
 
 impl PackedWeight {
     /// One form of the packed weight, made now if `limit` bytes of all of them allow.
-    fn get<T: Real>(
+    fn get<P: Any + Send + Sync>(
         &self,
         form: usize,
         bytes: usize,
         limit: usize,
-        make: impl FnOnce() -> Result<Prepared<T>>,
-    ) -> Result<Option<&Prepared<T>>> {
+        make: impl FnOnce() -> Result<P>,
+    ) -> Result<Option<&P>> {
         let place = &self.0[form];
         if place.get().is_none() {
             // Counted from here on, whatever happens to it.
@@ -118,15 +118,25 @@ impl PackedWeight {
         }
         Ok(place.get().and_then(|held| held.packed.downcast_ref()))
     }
+
+    /// On a GPU: the weight with the adapter merged in, made now if the limit allows.
+    #[cfg(feature = "cuda")]
+    pub(super) fn merged(
+        &self,
+        weight: &Tensor,
+        make: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<Option<&Tensor>> {
+        let bytes = weight.elem_count() * weight.dtype().size_in_bytes();
+        self.get(FORWARD, bytes, limit(), make)
+    }
 }
 
-fn pack<T: Real>(map: &Map, layer: &Weights) -> Result<Prepared<T>> {
-    let weight = layer.weight.contiguous()?;
-    let weight = View::<T>::of(&weight)?;
-    let Some(adapter) = layer.adapter.filter(|a| a.is_constant()) else {
+fn pack<T: Real>(operands: &Operands) -> Result<Prepared<T>> {
+    let map = &operands.map;
+    let weight = View::<T>::of(&operands.weight)?;
+    let Some(adapter) = operands.adapter.as_ref().filter(|a| a.is_constant()) else {
         return Ok(map.pack(&weight));
     };
-    let adapter = Factors::of(adapter)?;
     let (down, up) = (View::<T>::of(&adapter.down)?, View::<T>::of(&adapter.up)?);
     let up: Vec<T> = up.iter().map(|v| *v * T::from_f64(adapter.scale)).collect();
     let left = Rows { data: &up, stride: adapter.rank };
@@ -137,62 +147,76 @@ fn pack<T: Real>(map: &Map, layer: &Weights) -> Result<Prepared<T>> {
     Ok(map.pack(&merged))
 }
 
-impl LowRank {
-    /// Neither matrix is being trained.
-    fn is_constant(&self) -> bool {
-        !self.down.track_op() && !self.up.track_op()
-    }
-}
-
-/// An adapter's matrices, contiguous.
+/// An adapter's matrices, contiguous and of the layer's type.
 #[derive(Clone)]
-struct Factors {
-    down: Tensor,
-    up: Tensor,
-    scale: f64,
-    rank: usize,
+pub(super) struct Factors {
+    pub down: Tensor,
+    pub up: Tensor,
+    pub scale: f64,
+    pub rank: usize,
 }
 
 impl Factors {
-    fn of(adapter: &LowRank) -> Result<Self> {
+    fn of(adapter: &LowRank, dtype: DType) -> Result<Self> {
         Ok(Self {
-            down: adapter.down.contiguous()?,
-            up: adapter.up.contiguous()?,
+            down: adapter.down.to_dtype(dtype)?.contiguous()?,
+            up: adapter.up.to_dtype(dtype)?.contiguous()?,
             scale: adapter.scale,
             rank: adapter.down.dim(0)?,
         })
     }
+
+    /// Neither matrix is being trained.
+    pub fn is_constant(&self) -> bool {
+        !self.down.track_op() && !self.up.track_op()
+    }
+
+    pub fn detached(&self) -> Self {
+        Self { down: self.down.detach(), up: self.up.detach(), ..self.clone() }
+    }
 }
 
-/// `W ∗ x + scale · up · (down ∗ x) + bias + shift + residual`, of shape `shape`.
-pub(super) fn apply<T: Real>(
+/// `W ∗ x + scale · up · (down ∗ x) + bias + shift + residual`, of shape `shape`. Weights of
+/// another type than `x` are converted to its type for the time of the call.
+pub(super) fn apply(
     map: Map,
     x: &Tensor,
     layer: Weights,
     added: Added,
     shape: impl Into<Shape>,
 ) -> Result<Tensor> {
-    let contiguous = |x: Option<&Tensor>| x.map(Tensor::contiguous).transpose();
+    let like = |t: &Tensor| t.to_dtype(x.dtype())?.contiguous();
+    let strided = |t: &Tensor| t.to_dtype(x.dtype());
     let operands = Operands {
         map,
         x: x.contiguous()?,
-        weight: layer.weight.contiguous()?,
-        bias: contiguous(layer.bias)?,
-        adapter: layer.adapter.map(Factors::of).transpose()?,
-        shift: contiguous(added.shift)?,
-        residual: contiguous(added.residual)?,
+        // GPUs have convolutions' weights in another order of dimensions.
+        weight: if x.device().is_cpu() { like(layer.weight)? } else { strided(layer.weight)? },
+        bias: layer.bias.map(like).transpose()?,
+        adapter: layer.adapter.map(|a| Factors::of(a, x.dtype())).transpose()?,
+        shift: added.shift.map(like).transpose()?,
+        residual: added.residual.map(like).transpose()?,
     };
     operands.check()?;
+    #[cfg(feature = "cuda")]
+    if super::cuda::takes(x) {
+        return super::cuda::apply(operands, layer.packed, shape);
+    }
+    dispatch!(x.dtype(), T => run::<T>(operands, &layer, shape))
+}
+
+fn run<T: Real>(operands: Operands, layer: &Weights, shape: impl Into<Shape>) -> Result<Tensor> {
+    let map = operands.map;
     let training = operands.all().any(wanted);
     let limit = if training { limit().min(TRAINING_LIMIT) } else { limit() };
     let packed = if layer.weight.track_op() {
         None
     } else {
-        let make = || pack::<T>(&map, &layer);
+        let make = || pack::<T>(&operands);
         layer.packed.get(FORWARD, map.packed_bytes::<T>(), limit, make)?
     };
     let packed = packed.filter(|packed| map.takes(packed));
-    let merged = packed.is_some() && layer.adapter.is_none_or(LowRank::is_constant);
+    let merged = packed.is_some() && operands.adapter.as_ref().is_none_or(Factors::is_constant);
     let (y, low) = operands.forward::<T>(packed, merged)?;
     let backward = Gradients::of(&operands, low, layer.packed);
     let inputs: Vec<Tensor> = operands.all().cloned().collect();
@@ -204,19 +228,20 @@ fn view<T: Real>(x: &Option<Tensor>) -> Result<Option<View<'_, T>>> {
     x.as_ref().map(View::of).transpose()
 }
 
-struct Operands {
-    map: Map,
-    x: Tensor,
-    weight: Tensor,
-    bias: Option<Tensor>,
-    adapter: Option<Factors>,
-    shift: Option<Tensor>,
-    residual: Option<Tensor>,
+/// A layer's operands, all of one type.
+pub(super) struct Operands {
+    pub map: Map,
+    pub x: Tensor,
+    pub weight: Tensor,
+    pub bias: Option<Tensor>,
+    pub adapter: Option<Factors>,
+    pub shift: Option<Tensor>,
+    pub residual: Option<Tensor>,
 }
 
 impl Operands {
     /// In the order of their gradients.
-    fn all(&self) -> impl Iterator<Item = &Tensor> {
+    pub fn all(&self) -> impl Iterator<Item = &Tensor> {
         let adapter = self.adapter.iter().flat_map(|a| [&a.down, &a.up]);
         [Some(&self.x), Some(&self.weight), self.bias.as_ref()]
             .into_iter()
@@ -328,11 +353,7 @@ impl<T: Real> Gradients<T> {
             packed: (!o.weight.track_op()).then(|| packed.clone()),
             weight_wanted,
             bias: is_wanted(&o.bias),
-            adapter: adapter.map(|a| Factors {
-                down: a.down.detach(),
-                up: a.up.detach(),
-                ..a.clone()
-            }),
+            adapter: adapter.map(Factors::detached),
             down,
             up,
             low: low.filter(|_| up),

@@ -3,7 +3,7 @@
 use candle_core::{D, Result, Tensor};
 
 use super::affine::Map;
-use super::kernel::{dispatch, fused};
+use super::kernel::{Place, place};
 use super::layer::{Added, LowRank, PackedWeight, Weights, apply};
 
 /// `y = x Wᵀ + b`, optionally with a low-rank adapter.
@@ -40,7 +40,7 @@ impl Linear {
             candle_core::bail!("linear: input {:?} for a weight {:?}", x.dims(), self.weight.dims())
         };
         *last = outer;
-        if !fused(x) {
+        if place(x) == Place::Other {
             return self.composed(x, &shape, added);
         }
         let map = Map::rows(x.elem_count() / inner.max(1), inner, outer);
@@ -50,7 +50,7 @@ impl Linear {
             adapter: self.adapter.as_ref(),
             packed: &self.packed,
         };
-        dispatch!(x.dtype(), T => apply::<T>(map, x, weights, added, shape))
+        apply(map, x, weights, added, shape)
     }
 
     fn composed(&self, x: &Tensor, shape: &[usize], added: Added) -> Result<Tensor> {

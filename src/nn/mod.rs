@@ -14,6 +14,8 @@ mod affine;
 pub mod attention;
 pub mod autograd;
 pub mod conv;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod embedding;
 mod flash;
 pub mod gemm;

@@ -6,7 +6,7 @@ use candle_core::{D, DType, Device, Result, Tensor, bail};
 use super::activation::Activation;
 use super::autograd::{attach, wanted};
 use super::group_norm::{self, Groups};
-use super::kernel::{PARALLEL_FROM, Real, View, dispatch, fused, sum_by, uninitialised};
+use super::kernel::{PARALLEL_FROM, Place, Real, View, dispatch, place, sum_by, uninitialised};
 use super::simd::{Level, vectorised};
 use super::threads;
 
@@ -38,11 +38,19 @@ impl GroupNorm {
             bail!("group norm: {:?} does not split into {groups} groups", x.dims());
         }
         check_affine(&self.weight, &self.bias, channels)?;
-        if fused(x) {
-            let positions = x.elem_count() / (batch * channels).max(1);
-            let shape = Groups { batch, positions, channels, groups, eps: self.eps, silu };
-            return dispatch!(x.dtype(), T => self.run::<T>(x, shape));
+        let positions = x.elem_count() / (batch * channels).max(1);
+        let shape = Groups { batch, positions, channels, groups, eps: self.eps, silu };
+        match place(x) {
+            Place::Cpu => dispatch!(x.dtype(), T => self.run::<T>(x, shape)),
+            #[cfg(feature = "cuda")]
+            Place::Gpu => super::cuda::group_norm(x, &self.weight, &self.bias, shape),
+            Place::Other => self.composed(x, shape),
         }
+    }
+
+    /// From candle's operations, for other devices and types.
+    fn composed(&self, x: &Tensor, shape: Groups) -> Result<Tensor> {
+        let Groups { batch, channels, groups, silu, .. } = shape;
         let rows = x.to_dtype(DType::F32)?.reshape((batch, (), groups, channels / groups))?;
         let rows = rows.transpose(1, 2)?.contiguous()?;
         let y = standardise(&rows.reshape((batch, groups, ()))?, self.eps)?
@@ -51,13 +59,13 @@ impl GroupNorm {
             .contiguous()?
             .reshape(x.shape())?
             .to_dtype(x.dtype())?
-            .broadcast_mul(&self.weight)?
-            .broadcast_add(&self.bias)?;
+            .broadcast_mul(&self.weight.to_dtype(x.dtype())?)?
+            .broadcast_add(&self.bias.to_dtype(x.dtype())?)?;
         if silu { Activation::Silu.forward(&y) } else { Ok(y) }
     }
 
     fn run<T: Real>(&self, x: &Tensor, shape: Groups) -> Result<Tensor> {
-        let (x, w, b) = (x.contiguous()?, self.weight.contiguous()?, self.bias.contiguous()?);
+        let (x, w, b) = (x.contiguous()?, like(&self.weight, x)?, like(&self.bias, x)?);
         let (y, statistics) =
             group_norm::forward::<T>(&shape, &View::of(&x)?, &View::of(&w)?, &View::of(&b)?);
         let inputs = [x, w, b];
@@ -84,17 +92,19 @@ pub struct LayerNorm {
 impl LayerNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         check_affine(&self.weight, &self.bias, x.dim(D::Minus1)?)?;
-        if fused(x) {
-            return dispatch!(x.dtype(), T => self.run::<T>(x));
+        match place(x) {
+            Place::Cpu => dispatch!(x.dtype(), T => self.run::<T>(x)),
+            #[cfg(feature = "cuda")]
+            Place::Gpu => super::cuda::layer_norm(x, &self.weight, &self.bias, self.eps),
+            Place::Other => standardise(&x.to_dtype(DType::F32)?, self.eps)?
+                .to_dtype(x.dtype())?
+                .broadcast_mul(&self.weight.to_dtype(x.dtype())?)?
+                .broadcast_add(&self.bias.to_dtype(x.dtype())?),
         }
-        standardise(&x.to_dtype(DType::F32)?, self.eps)?
-            .to_dtype(x.dtype())?
-            .broadcast_mul(&self.weight)?
-            .broadcast_add(&self.bias)
     }
 
     fn run<T: Real>(&self, x: &Tensor) -> Result<Tensor> {
-        let inputs = [x.contiguous()?, self.weight.contiguous()?, self.bias.contiguous()?];
+        let inputs = [x.contiguous()?, like(&self.weight, x)?, like(&self.bias, x)?];
         let eps = self.eps;
         let y = {
             let [x, w, b] = inputs.each_ref().map(|t| View::<T>::of(t));
@@ -117,6 +127,11 @@ fn gradients<T: Real>(
 ) -> Result<Vec<Tensor>> {
     let all = values.into_iter().zip(like).zip(wants).filter(|(_, wanted)| *wanted);
     all.map(|((v, like), _)| Tensor::from_vec(v, like.shape(), &Device::Cpu)).collect()
+}
+
+/// A contiguous parameter of the input's type.
+fn like(parameter: &Tensor, x: &Tensor) -> Result<Tensor> {
+    parameter.to_dtype(x.dtype())?.contiguous()
 }
 
 fn check_affine(weight: &Tensor, bias: &Tensor, channels: usize) -> Result<()> {

@@ -8,7 +8,7 @@ use super::kernel::Real;
 use super::simd::{Level, vectorised};
 
 /// Which pixels of an image [B, height, width, channels] each output pixel sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Window {
     pub batch: usize,
     pub height: usize,

@@ -1,0 +1,142 @@
+//! Finding and launching kernels.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaModule, LaunchConfig, PushKernelArg, sys,
+};
+use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::{CudaDevice, DeviceId, WrapErr};
+use candle_core::{DType, Result, bail};
+
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// Kernels of this module that this process has launched.
+static LAUNCHES: AtomicU64 = AtomicU64::new(0);
+
+/// Kernels of ours that this process has launched; the libraries' are not among them.
+pub fn launches() -> u64 {
+    LAUNCHES.load(Ordering::Relaxed)
+}
+
+/// Shared memory that a kernel gets without asking.
+const PLAIN_SHARED: u32 = 48 << 10;
+
+/// What has been loaded, by device.
+#[derive(Default)]
+struct Loaded {
+    modules: HashMap<(DeviceId, &'static str), Arc<CudaModule>>,
+    functions: HashMap<(DeviceId, String), CudaFunction>,
+}
+
+/// A parameter of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub enum Arg {
+    Pointer(u64),
+    Int(i32),
+    Long(i64),
+    Float(f32),
+}
+
+/// A count as a kernel's `int`.
+pub fn int(value: usize) -> Result<Arg> {
+    i32::try_from(value).map(Arg::Int).map_err(candle_core::Error::wrap)
+}
+
+/// A count as a kernel's `long long`.
+pub fn long(value: usize) -> Result<Arg> {
+    i64::try_from(value).map(Arg::Long).map_err(candle_core::Error::wrap)
+}
+
+/// Blocks that cover `elements` with `each` of them a block, at most `most`.
+pub fn blocks(elements: usize, each: usize, most: usize) -> u32 {
+    elements.div_ceil(each.max(1)).clamp(1, most) as u32
+}
+
+/// How many threads run a kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent {
+    pub grid: (u32, u32, u32),
+    pub block: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+}
+
+impl Extent {
+    pub fn new(grid: (u32, u32, u32), block: u32) -> Self {
+        Self { grid, block, shared: 0 }
+    }
+}
+
+/// The name of a kernel's instance for a type.
+pub fn of_type(name: &str, dtype: DType) -> Result<String> {
+    let suffix = match dtype {
+        DType::F32 => "f32",
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+        other => bail!("no GPU kernel takes {other:?}"),
+    };
+    Ok(format!("{name}_{suffix}"))
+}
+
+/// Launches the kernel `name` of the source file `file`.
+pub fn launch(
+    device: &CudaDevice,
+    file: &str,
+    name: &str,
+    extent: Extent,
+    args: &[Arg],
+) -> Result<()> {
+    let function = function(device, file, name, extent.shared)?;
+    let stream = device.cuda_stream();
+    let mut builder = stream.launch_builder(&function);
+    for arg in args {
+        match arg {
+            Arg::Pointer(v) => builder.arg(v),
+            Arg::Int(v) => builder.arg(v),
+            Arg::Long(v) => builder.arg(v),
+            Arg::Float(v) => builder.arg(v),
+        };
+    }
+    let config = LaunchConfig {
+        grid_dim: extent.grid,
+        block_dim: (extent.block, 1, 1),
+        shared_mem_bytes: extent.shared,
+    };
+    // SAFETY: the callers in this module give every kernel the parameters of its declaration,
+    // with memory of the sizes that it documents.
+    unsafe { builder.launch(config) }.w()?;
+    LAUNCHES.fetch_add(1, Ordering::Relaxed);
+    Ok(())
+}
+
+fn function(device: &CudaDevice, file: &str, name: &str, shared: u32) -> Result<CudaFunction> {
+    static LOADED: OnceLock<Mutex<Loaded>> = OnceLock::new();
+    let loaded = LOADED.get_or_init(Mutex::default);
+    let mut loaded = loaded.lock().unwrap_or_else(PoisonError::into_inner);
+    let key = (device.id(), name.to_owned());
+    if let Some(function) = loaded.functions.get(&key) {
+        return Ok(function.clone());
+    }
+    let Some((file, image)) = IMAGES.iter().find(|(known, _)| *known == file) else {
+        bail!("no kernels from '{file}'")
+    };
+    let module = match loaded.modules.get(&(device.id(), *file)) {
+        Some(module) => module.clone(),
+        None => {
+            let image = Ptx::from_binary(image.to_vec());
+            let module = device.cuda_stream().context().load_module(image).w()?;
+            loaded.modules.insert((device.id(), *file), module.clone());
+            module
+        }
+    };
+    let function = module.load_function(name).w()?;
+    if shared > PLAIN_SHARED {
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(attribute, shared.cast_signed()).w()?;
+    }
+    loaded.functions.insert(key, function.clone());
+    Ok(function)
+}

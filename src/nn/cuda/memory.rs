@@ -1,0 +1,82 @@
+//! Tensors as the kernels see them: addresses of contiguous device memory.
+
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
+use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
+use candle_core::{DType, Device, Result, Shape, Storage, Tensor, bail};
+
+use crate::nn::autograd::constant;
+
+/// Whether the operations of this module apply to the tensor.
+pub fn takes(x: &Tensor) -> bool {
+    x.device().is_cuda() && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// The tensor's GPU.
+pub fn device(x: &Tensor) -> Result<&CudaDevice> {
+    match x.device() {
+        Device::Cuda(device) => Ok(device),
+        _ => bail!("expected a tensor on a GPU"),
+    }
+}
+
+/// The address of the first element of a contiguous tensor. What kernels do there is ordered
+/// after what was done to the tensor before, since a device has one stream.
+pub fn address(x: &Tensor) -> Result<u64> {
+    let (storage, layout) = x.storage_and_layout();
+    if !layout.is_contiguous() {
+        bail!("expected a contiguous tensor")
+    }
+    let Storage::Cuda(storage) = &*storage else { bail!("expected a tensor on a GPU") };
+    let offset = layout.start_offset() * x.dtype().size_in_bytes();
+    Ok(start(storage)? + offset as u64)
+}
+
+/// [`address`], or 0 for nothing.
+pub fn address_or_null(x: Option<&Tensor>) -> Result<u64> {
+    x.map_or(Ok(0), address)
+}
+
+fn start(storage: &CudaStorage) -> Result<u64> {
+    fn of<T>(slice: &CudaSlice<T>, storage: &CudaStorage) -> u64 {
+        slice.device_ptr(&storage.device.cuda_stream()).0
+    }
+    Ok(match &storage.slice {
+        CudaStorageSlice::F32(s) => of(s, storage),
+        CudaStorageSlice::F16(s) => of(s, storage),
+        CudaStorageSlice::BF16(s) => of(s, storage),
+        CudaStorageSlice::U32(s) => of(s, storage),
+        _ => bail!("no GPU kernel takes {:?}", storage.dtype()),
+    })
+}
+
+/// New device memory, which a kernel fills.
+pub struct Fresh {
+    storage: CudaStorage,
+    pub address: u64,
+}
+
+impl Fresh {
+    /// Memory for `elements` values.
+    pub fn new(device: &CudaDevice, dtype: DType, elements: usize) -> Result<Self> {
+        // A device gives no empty memory.
+        let shape = Shape::from(elements.max(1));
+        // SAFETY: every kernel of this module writes all of its output.
+        let storage = unsafe { device.alloc_uninit(&shape, dtype)? };
+        let address = start(&storage)?;
+        Ok(Self { storage, address })
+    }
+
+    /// Memory for as many values of the same type on the same device.
+    pub fn like(x: &Tensor) -> Result<Self> {
+        Self::new(device(x)?, x.dtype(), x.elem_count())
+    }
+
+    pub fn into_storage(self) -> Storage {
+        Storage::Cuda(self.storage)
+    }
+
+    pub fn into_tensor(self, shape: impl Into<Shape>) -> Tensor {
+        constant(self.into_storage(), shape)
+    }
+}
