@@ -53,6 +53,9 @@ template <class T> constexpr double ROUNDING = 1.0 / (1 << 24);
 template <> inline constexpr double ROUNDING<f16> = 1.0 / (1 << 11);
 template <> inline constexpr double ROUNDING<bf16> = 1.0 / (1 << 8);
 
+template <class T> double to_double(T x) { return double(to_float(x)); }
+inline double to_double(double x) { return x; }
+
 // What a kernel writes.
 struct Span {
     unsigned char* begin;
@@ -88,7 +91,7 @@ public:
         return *this;
     }
     Span span() const { return {reinterpret_cast<unsigned char*>(data), count * sizeof(T)}; }
-    double operator[](size_t i) const { return double(to_float(data[i])); }
+    double operator[](size_t i) const { return to_double(data[i]); }
     // Whether nothing was written just before or behind it.
     bool intact() const {
         auto* first = reinterpret_cast<const unsigned char*>(data);
