@@ -2,16 +2,13 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::launch::{Arg, Extent, blocks, launch, long, of_type};
+use super::launch::{Arg, Extent, launch, long, of_type};
 use super::memory::{Fresh, address, device};
 use crate::nn::adamw::Scalars;
 
 const FILE: &str = "adamw";
-const BLOCK: u32 = 256;
-
-fn flat(elements: usize) -> Extent {
-    Extent::new((blocks(elements, BLOCK as usize, 1 << 16), 1, 1), BLOCK)
-}
+/// Elements of one partial sum of squares.
+const SQUARES: usize = 16_384;
 
 /// One update of `p` and its moments; all f32, contiguous and of one length.
 pub fn update(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, s: &Scalars) -> Result<()> {
@@ -24,7 +21,7 @@ pub fn update(p: &Tensor, g: &Tensor, m: &Tensor, v: &Tensor, s: &Scalars) -> Re
     ];
     let numbers = [s.scale, s.keep, s.rest1, s.beta2, s.rest2, s.step_size, s.root, s.eps];
     args.extend(numbers.map(Arg::Float));
-    launch(device(p)?, FILE, "adamw_f32", flat(p.elem_count()), &args)
+    launch(device(p)?, FILE, "adamw_f32", Extent::flat(p.elem_count(), DType::F32), &args)
 }
 
 /// `sum` += `scale` · `gradient`, of one type and length.
@@ -36,15 +33,22 @@ pub fn add_scaled(sum: &Tensor, gradient: &Tensor, scale: f32) -> Result<()> {
         Arg::Float(scale),
         long(n)?,
     ];
-    launch(device(sum)?, FILE, &of_type("add_scaled", sum.dtype())?, flat(n), &args)
+    launch(
+        device(sum)?,
+        FILE,
+        &of_type("add_scaled", sum.dtype())?,
+        Extent::flat(n, sum.dtype()),
+        &args,
+    )
 }
 
-/// Σ v² of a contiguous tensor: blocks' sums in f32, then all of them in f64.
+/// Σ v² of a contiguous tensor: in pieces, then those in order, all in f64.
 pub fn squared_norm(x: &Tensor) -> Result<f64> {
-    let extent = Extent::new((blocks(x.elem_count(), 1 << 14, 1 << 16), 1, 1), BLOCK);
-    let partial = Fresh::new(device(x)?, DType::F32, extent.grid.0 as usize)?;
-    let args = [Arg::Pointer(address(x)?), Arg::Pointer(partial.address), long(x.elem_count())?];
+    let n = x.elem_count();
+    let pieces = n.div_ceil(SQUARES).max(1);
+    let partial = Fresh::new(device(x)?, DType::F64, pieces)?;
+    let args = [Arg::Pointer(address(x)?), Arg::Pointer(partial.address), long(n)?];
+    let extent = Extent::new((pieces, 1, 1));
     launch(device(x)?, FILE, &of_type("sum_squares", x.dtype())?, extent, &args)?;
-    let sums = partial.into_tensor(extent.grid.0 as usize).to_vec1::<f32>()?;
-    Ok(sums.into_iter().map(f64::from).sum())
+    Ok(partial.into_tensor(pieces).to_vec1::<f64>()?.into_iter().sum())
 }

@@ -5,13 +5,11 @@ use candle_core::cuda_backend::CudaDevice;
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::gemm::{Matrix, gemm};
-use super::launch::{Arg, Extent, blocks, int, launch, long, of_type};
+use super::launch::{Arg, Extent, int, launch, long, of_type};
 use super::memory::{Fresh, address, device};
 use crate::nn::window::Window;
 
 const FILE: &str = "image";
-const BLOCK: u32 = 256;
-const MOST_BLOCKS: usize = 1 << 16;
 /// Bytes of a column matrix, at most (but at least an image's in the input gradient).
 const COLUMNS: usize = 256 << 20;
 
@@ -63,8 +61,7 @@ impl Conv<'_> {
                 vec![Arg::Pointer(columns.address), Arg::Pointer(self.offset(dx, b * image))];
             args.extend(parameters(&one)?);
             let name = of_type("col2im", self.dtype)?;
-            let grid = (blocks(image, BLOCK as usize, MOST_BLOCKS), 1, 1);
-            launch(self.device, FILE, &name, Extent::new(grid, BLOCK), &args)?;
+            launch(self.device, FILE, &name, Extent::flat(image, self.dtype), &args)?;
         }
         Ok(())
     }
@@ -98,8 +95,7 @@ impl Conv<'_> {
             args.extend(parameters(&self.window)?);
             args.extend([long(first)?, long(count)?]);
             let name = of_type("im2col", self.dtype)?;
-            let grid = (blocks(count * depth, 8 * BLOCK as usize, MOST_BLOCKS), 1, 1);
-            launch(self.device, FILE, &name, Extent::new(grid, BLOCK), &args)?;
+            launch(self.device, FILE, &name, Extent::flat(count * depth, self.dtype), &args)?;
             each(first, count, columns.address)?;
         }
         Ok(())
@@ -148,7 +144,6 @@ fn resample(from: &Tensor, to: u64, name: &str, w: &Window) -> Result<()> {
         "nearest_backward" => w.input(),
         other => bail!("no resampling kernel '{other}'"),
     };
-    let grid = (blocks(written, 8 * BLOCK as usize, MOST_BLOCKS), 1, 1);
     let name = of_type(name, from.dtype())?;
-    launch(device(from)?, "elementwise", &name, Extent::new(grid, BLOCK), &args)
+    launch(device(from)?, "elementwise", &name, Extent::flat(written, from.dtype()), &args)
 }

@@ -1,21 +1,14 @@
 //! Activations, what is added to outputs, and sums over rows.
 
-use candle_core::{Result, Tensor};
+use candle_core::cuda_backend::CudaDevice;
+use candle_core::{DType, Result, Tensor};
 
-use super::launch::{Arg, Extent, blocks, int, launch, long, of_type};
+use super::launch::{Arg, Extent, int, launch, long, of_type, pieces};
 use super::memory::{Fresh, address, address_or_null, device};
 use crate::nn::activation::Activation;
 use crate::nn::autograd::attach_storage;
 
 const FILE: &str = "elementwise";
-const BLOCK: u32 = 256;
-/// Values that a block takes of a flat array: 8 a thread.
-const PER_BLOCK: usize = 2048;
-const MOST_BLOCKS: usize = 1 << 16;
-
-fn flat(elements: usize) -> Extent {
-    Extent::new((blocks(elements, PER_BLOCK, MOST_BLOCKS), 1, 1), BLOCK)
-}
 
 /// The kernels' number of an activation.
 fn kind(activation: Activation) -> Arg {
@@ -32,7 +25,7 @@ pub fn activation(of: Activation, x: &Tensor) -> Result<Tensor> {
     let n = x.elem_count();
     let name = of_type("activation", x.dtype())?;
     let args = [Arg::Pointer(address(&x)?), Arg::Pointer(y.address), long(n)?, kind(of)];
-    launch(device(&x)?, FILE, &name, flat(n), &args)?;
+    launch(device(&x)?, FILE, &name, Extent::flat(n, x.dtype()), &args)?;
     let kept = x.detach();
     attach_storage(y.into_storage(), x.shape(), &[&x], move |dy| {
         let dx = Fresh::like(&kept)?;
@@ -44,7 +37,7 @@ pub fn activation(of: Activation, x: &Tensor) -> Result<Tensor> {
             long(n)?,
             kind(of),
         ];
-        launch(device(&kept)?, FILE, &name, flat(n), &args)?;
+        launch(device(&kept)?, FILE, &name, Extent::flat(n, kept.dtype()), &args)?;
         Ok(vec![dx.into_tensor(kept.shape())])
     })
 }
@@ -56,7 +49,7 @@ pub fn geglu(x: &Tensor, width: usize) -> Result<Tensor> {
     let y = Fresh::new(device(&x)?, x.dtype(), rows * width)?;
     let name = of_type("geglu", x.dtype())?;
     let args = [Arg::Pointer(address(&x)?), Arg::Pointer(y.address), long(rows)?, int(width)?];
-    launch(device(&x)?, FILE, &name, flat(rows * width), &args)?;
+    launch(device(&x)?, FILE, &name, Extent::flat(rows * width, x.dtype()), &args)?;
     let mut shape = x.dims().to_vec();
     if let Some(last) = shape.last_mut() {
         *last = width;
@@ -72,7 +65,7 @@ pub fn geglu(x: &Tensor, width: usize) -> Result<Tensor> {
             long(rows)?,
             int(width)?,
         ];
-        launch(device(&kept)?, FILE, &name, flat(rows * width), &args)?;
+        launch(device(&kept)?, FILE, &name, Extent::flat(rows * width, kept.dtype()), &args)?;
         Ok(vec![dx.into_tensor(kept.shape())])
     })
 }
@@ -99,15 +92,14 @@ pub fn finish(
         long(rows / images.max(1))?,
     ];
     let name = of_type("finish", like.dtype())?;
-    launch(device(like)?, FILE, &name, flat(rows * channels), &args)
+    launch(device(like)?, FILE, &name, Extent::flat(rows * channels, like.dtype()), &args)
 }
 
 /// Sums over the rows of every image of `x` [images, rows, channels]: [images, channels].
 pub fn column_sums(x: &Tensor, images: usize, channels: usize) -> Result<Tensor> {
     let rows = x.elem_count() / (images * channels).max(1);
-    let pieces = rows.div_ceil(256).clamp(1, 64);
-    let partial = Fresh::new(device(x)?, candle_core::DType::F32, images * pieces * channels)?;
-    let columns = channels.div_ceil(32) as u32;
+    let pieces = pieces(rows);
+    let partial = Fresh::new(device(x)?, DType::F32, images * pieces * channels)?;
     let args = [
         Arg::Pointer(address(x)?),
         Arg::Pointer(partial.address),
@@ -115,21 +107,22 @@ pub fn column_sums(x: &Tensor, images: usize, channels: usize) -> Result<Tensor>
         int(channels)?,
         int(pieces)?,
     ];
-    let extent = Extent::new((columns, pieces as u32, images as u32), BLOCK);
+    let extent = Extent::tiled(channels, pieces, images, x.dtype());
     launch(device(x)?, FILE, &of_type("column_sums", x.dtype())?, extent, &args)?;
-    finish_sums(x, &partial, (images, pieces, channels))
+    finish_sums(device(x)?, &partial, (images, pieces, channels), x.dtype())
 }
 
-/// Adds partial sums [images, pieces, channels], in order, into values of `like`'s type.
+/// Adds partial sums [images, pieces, channels], in order: [images, channels] of `dtype`.
 pub fn finish_sums(
-    like: &Tensor,
+    device: &CudaDevice,
     partial: &Fresh,
     (images, pieces, channels): (usize, usize, usize),
+    dtype: DType,
 ) -> Result<Tensor> {
-    let sums = Fresh::new(device(like)?, like.dtype(), images * channels)?;
+    let sums = Fresh::new(device, dtype, images * channels)?;
     let args =
         [Arg::Pointer(partial.address), Arg::Pointer(sums.address), int(pieces)?, int(channels)?];
-    let extent = Extent::new((channels.div_ceil(BLOCK as usize) as u32, images as u32, 1), BLOCK);
-    launch(device(like)?, FILE, &of_type("column_sums_finish", like.dtype())?, extent, &args)?;
+    let extent = Extent::new((channels.div_ceil(32), images, 1));
+    launch(device, FILE, &of_type("column_sums_finish", dtype)?, extent, &args)?;
     Ok(sums.into_tensor((images, channels)))
 }

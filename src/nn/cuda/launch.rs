@@ -50,9 +50,17 @@ pub fn long(value: usize) -> Result<Arg> {
     i64::try_from(value).map(Arg::Long).map_err(candle_core::Error::wrap)
 }
 
-/// Blocks that cover `elements` with `each` of them a block, at most `most`.
-pub fn blocks(elements: usize, each: usize, most: usize) -> u32 {
-    elements.div_ceil(each.max(1)).clamp(1, most) as u32
+/// Threads of most kernels' blocks.
+pub const BLOCK: u32 = 256;
+
+/// Values that a thread reads or writes at once: 16 bytes of them.
+pub fn lanes(dtype: DType) -> usize {
+    16 / dtype.size_in_bytes().max(1)
+}
+
+/// Pieces that an image's positions, or the rows of a matrix, are summed in.
+pub fn pieces(rows: usize) -> usize {
+    rows.div_ceil(128).clamp(1, 1024)
 }
 
 /// How many threads run a kernel.
@@ -65,8 +73,25 @@ pub struct Extent {
 }
 
 impl Extent {
-    pub fn new(grid: (u32, u32, u32), block: u32) -> Self {
-        Self { grid, block, shared: 0 }
+    /// Blocks of the usual size.
+    pub fn new(grid: (usize, usize, usize)) -> Self {
+        let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
+        Self { grid, block: BLOCK, shared: 0 }
+    }
+
+    pub fn with_block(self, block: u32) -> Self {
+        Self { block, ..self }
+    }
+
+    /// For kernels that go over a flat array of `elements` values.
+    pub fn flat(elements: usize, dtype: DType) -> Self {
+        let blocks = elements.div_ceil(BLOCK as usize * lanes(dtype));
+        Self::new((blocks.clamp(1, 65_535), 1, 1))
+    }
+
+    /// For kernels whose blocks take 8 · lanes channels of a piece of rows of an image.
+    pub fn tiled(channels: usize, pieces: usize, images: usize, dtype: DType) -> Self {
+        Self::new((channels.div_ceil(8 * lanes(dtype)), pieces, images))
     }
 }
 

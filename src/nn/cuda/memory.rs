@@ -43,9 +43,9 @@ fn start(storage: &CudaStorage) -> Result<u64> {
     }
     Ok(match &storage.slice {
         CudaStorageSlice::F32(s) => of(s, storage),
+        CudaStorageSlice::F64(s) => of(s, storage),
         CudaStorageSlice::F16(s) => of(s, storage),
         CudaStorageSlice::BF16(s) => of(s, storage),
-        CudaStorageSlice::U32(s) => of(s, storage),
         _ => bail!("no GPU kernel takes {:?}", storage.dtype()),
     })
 }
