@@ -9,8 +9,10 @@ use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use candle_core::DType;
 use criterion::Criterion;
 use diffusion_sharpening::bench::workload::{Piece, Workload};
+use diffusion_sharpening::nn::device::Placement;
 
 #[global_allocator]
 static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -30,7 +32,7 @@ fn all(criterion: &mut Criterion) -> diffusion_sharpening::Result<()> {
         Some(folder) => PathBuf::from(folder),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny"),
     };
-    let workload = Workload::open(&folder, None)?;
+    let workload = Workload::open(&folder, None, &Placement::cpu(DType::F32))?;
     for (name, piece) in Piece::ALL {
         let mut work = workload.prepare(piece)?;
         let mut failed = None;

@@ -6,8 +6,10 @@
 use std::hint::black_box;
 use std::process::ExitCode;
 
+use candle_core::DType;
 use criterion::Criterion;
 use diffusion_sharpening::bench::op_workload;
+use diffusion_sharpening::nn::device::Placement;
 
 #[global_allocator]
 static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -16,7 +18,7 @@ fn main() -> ExitCode {
     let mut criterion = Criterion::default().sample_size(20).configure_from_args();
     for name in op_workload::names() {
         let mut failed = None;
-        match op_workload::prepare(&name) {
+        match op_workload::prepare(&name, &Placement::cpu(DType::F32)) {
             Ok(mut work) => {
                 criterion.bench_function(&name, |b| {
                     b.iter(|| match work() {

@@ -13,6 +13,7 @@ use diffusion_sharpening::engine::request::{
     BudgetRequest, GenerateRequest, Generation, MethodRequest,
 };
 use diffusion_sharpening::engine::{Backend, CancelToken, Engine};
+use diffusion_sharpening::nn::device::Placement;
 use diffusion_sharpening::sdxl::ModelFolder;
 use diffusion_sharpening::sdxl::weights::write_safetensors;
 use serde_json::{Map, Value, json};
@@ -21,7 +22,7 @@ const STEPS: u64 = 3;
 
 fn engine() -> (tempfile::TempDir, Engine) {
     let (dir, _) = model_copy("ddim_tiny");
-    let engine = Engine::open(dir.path()).unwrap();
+    let engine = Engine::open(dir.path(), &Placement::cpu(DType::F32)).unwrap();
     (dir, engine)
 }
 
@@ -333,7 +334,7 @@ fn a_cancelled_request_stops() {
 }
 
 fn write_adapter(path: &Path, model: &Path, modules: &[&str], seed: u64) {
-    let folder = ModelFolder::open(model, DType::F32, &Device::Cpu).unwrap();
+    let folder = ModelFolder::open(model, &Placement::cpu(DType::F32)).unwrap();
     let mut tensors = BTreeMap::new();
     for module in modules {
         let weight = &folder.unet_weights.tensors()[&format!("{module}.weight")];
@@ -373,7 +374,7 @@ fn adapters_are_listed_and_change_the_image() {
     )
     .unwrap();
     write_safetensors(&path("stranger.safetensors"), &wrong("no.such.module", 12), None).unwrap();
-    let engine = Engine::open(dir.path()).unwrap();
+    let engine = Engine::open(dir.path(), &Placement::cpu(DType::F32)).unwrap();
     let listed = &engine.models()[0].adapters;
     assert_eq!(listed, &["cold", "garbage", "misfit", "stranger", "warm"]);
     let with = |name: &str| GenerateRequest { adapter: Some(name.into()), ..request() };
@@ -402,7 +403,7 @@ fn folders_of_models() {
     copy_dir(&parity.join("ddim_tiny"), &dir.path().join("b-ddim"));
     copy_dir(&parity.join("dpm_v"), &dir.path().join("a-dpm"));
     std::fs::create_dir(dir.path().join("not-a-model")).unwrap();
-    let engine = Engine::open(dir.path()).unwrap();
+    let engine = Engine::open(dir.path(), &Placement::cpu(DType::F32)).unwrap();
     let ids: Vec<String> = engine.models().into_iter().map(|m| m.id).collect();
     assert_eq!(ids, ["a-dpm", "b-ddim"]);
     // The first one is the default; both generate, each with its own solver and null prompt.
@@ -411,7 +412,7 @@ fn folders_of_models() {
     let second = run(&engine, &GenerateRequest { model: Some("b-ddim".into()), ..request() });
     assert_eq!((second.model.id.as_str(), second.resolved.solver.as_str()), ("b-ddim", "ddim"));
     // A checkpoint itself works in place of a folder of them.
-    let one = Engine::open(&dir.path().join("b-ddim")).unwrap();
+    let one = Engine::open(&dir.path().join("b-ddim"), &Placement::cpu(DType::F32)).unwrap();
     assert_eq!(one.models()[0].id, "b-ddim");
     assert_eq!(pixels(&run(&one, &request())), pixels(&second));
     let names: Vec<String> = engine.rewards().into_iter().map(|r| r.name).collect();
@@ -419,12 +420,14 @@ fn folders_of_models() {
     let names: Vec<String> = engine.methods().into_iter().map(|m| m.name).collect();
     assert!(names.contains(&"plain".to_owned()) && names.contains(&"best-of-n".to_owned()));
     for (folder, part) in [("not-a-model", "model_index.json"), ("absent", "absent")] {
-        let Err(error) = Engine::open(&dir.path().join(folder)) else {
+        let Err(error) = Engine::open(&dir.path().join(folder), &Placement::cpu(DType::F32)) else {
             panic!("{folder} was opened")
         };
         assert_names(&error.to_string(), &[folder, part]);
     }
     std::fs::remove_file(dir.path().join("a-dpm/scheduler/scheduler_config.json")).unwrap();
-    let Err(error) = Engine::open(dir.path()) else { panic!("opened without a scheduler") };
+    let Err(error) = Engine::open(dir.path(), &Placement::cpu(DType::F32)) else {
+        panic!("opened without a scheduler")
+    };
     assert_names(&error.to_string(), &["a-dpm", "scheduler_config.json"]);
 }

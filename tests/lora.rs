@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use common::{assert_names, fixtures, low_rank, read, relative_error, values};
 use diffusion_sharpening::Result;
 use diffusion_sharpening::nn::LowRank;
+use diffusion_sharpening::nn::device::Placement;
 use diffusion_sharpening::sdxl::lora::LoraMap;
 use diffusion_sharpening::sdxl::weights::write_safetensors;
 use diffusion_sharpening::sdxl::{ModelFolder, UNet, Weights};
@@ -39,7 +40,7 @@ impl Bench {
         let folder = fixtures().join("parity/ddim_tiny");
         Self {
             dir: tempfile::tempdir().unwrap(),
-            model: ModelFolder::open(&folder, DType::F32, &Device::Cpu).unwrap(),
+            model: ModelFolder::open(&folder, &Placement::cpu(DType::F32)).unwrap(),
             inputs: read(&folder.join("reference.safetensors")),
         }
     }

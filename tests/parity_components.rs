@@ -5,6 +5,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor};
 use common::{fixtures, ids, parity_models, read, relative_error};
+use diffusion_sharpening::nn::device::Placement;
 use diffusion_sharpening::sdxl::{ClipTokenizer, ModelFolder};
 
 const BAR: f64 = 1e-4;
@@ -14,7 +15,7 @@ fn components_agree_with_diffusers() {
     let mut worst = 0.0_f64;
     for folder in parity_models() {
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
-        let model = ModelFolder::open(&folder, DType::F32, &Device::Cpu).expect(&name);
+        let model = ModelFolder::open(&folder, &Placement::cpu(DType::F32)).expect(&name);
         let r = read(&folder.join("reference.safetensors"));
         let text = model.encode_ids(&ids(&r["input_ids"]), &ids(&r["input_ids_2"])).unwrap();
         let timesteps = r["timesteps"].to_dtype(DType::F32).unwrap();
@@ -44,7 +45,7 @@ fn components_agree_with_diffusers() {
 #[test]
 fn a_batch_equals_its_samples_one_by_one() {
     for folder in parity_models() {
-        let model = ModelFolder::open(&folder, DType::F32, &Device::Cpu).unwrap();
+        let model = ModelFolder::open(&folder, &Placement::cpu(DType::F32)).unwrap();
         let r = read(&folder.join("reference.safetensors"));
         let (context, pooled, time_ids) = (&r["hidden_states"], &r["pooled"], &r["time_ids"]);
         let timesteps = r["timesteps"].to_dtype(DType::F32).unwrap();
@@ -80,7 +81,7 @@ fn gradients_agree_with_pytorch() {
             continue;
         }
         let name = folder.display().to_string();
-        let model = ModelFolder::open(&folder, DType::F32, &Device::Cpu).unwrap();
+        let model = ModelFolder::open(&folder, &Placement::cpu(DType::F32)).unwrap();
         let (r, g) =
             (read(&folder.join("reference.safetensors")), read(&folder.join("grads.safetensors")));
         let vars: std::collections::HashMap<String, candle_core::Var> = model
@@ -146,7 +147,7 @@ fn tokenizers_agree_with_transformers() {
 fn misfitting_weights_are_listed_together() {
     use diffusion_sharpening::sdxl::{UNet, Weights};
     let folder = &parity_models()[0];
-    let model = ModelFolder::open(folder, DType::F32, &Device::Cpu).unwrap();
+    let model = ModelFolder::open(folder, &Placement::cpu(DType::F32)).unwrap();
     let mut tensors = model.unet_weights.tensors().clone();
     tensors.remove("conv_in.weight");
     tensors.insert("conv_out.bias".into(), Tensor::zeros(99, DType::F32, &Device::Cpu).unwrap());

@@ -16,6 +16,7 @@ use diffusion_sharpening::diffusion::guidance::Guided;
 use diffusion_sharpening::diffusion::schedule::NoiseSchedule;
 use diffusion_sharpening::diffusion::sdxl_model::SdxlModel;
 use diffusion_sharpening::diffusion::solver::{Eval, History, SolverSpec};
+use diffusion_sharpening::nn::device::Placement;
 use diffusion_sharpening::sdxl::ModelFolder;
 use diffusion_sharpening::sdxl::config::{parse_json, read_json};
 use diffusion_sharpening::sdxl::weights::write_safetensors;
@@ -36,7 +37,7 @@ struct Fixture {
 impl Fixture {
     fn open(folder: &Path) -> Self {
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
-        let model = ModelFolder::open(folder, DType::F32, &Device::Cpu).expect(&name);
+        let model = ModelFolder::open(folder, &Placement::cpu(DType::F32)).expect(&name);
         Self {
             name,
             network: Guided(SdxlModel::new(Arc::new(model))),

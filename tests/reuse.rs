@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use common::{fixtures, normal, values};
 use diffusion_sharpening::diffusion::denoiser::{NoiseModel, TextCond};
 use diffusion_sharpening::diffusion::sdxl_model::SdxlModel;
+use diffusion_sharpening::nn::device::Placement;
 use diffusion_sharpening::sdxl::ModelFolder;
 
 const NAMES: [&str; 3] = ["ddim_tiny", "euler_sdxl_shape", "heun_four_level"];
@@ -45,7 +46,7 @@ fn anew(folder: &ModelFolder, x: &Tensor, t: &Tensor, texts: &[&TextCond]) -> Ve
 #[test]
 fn kept_text_and_time_change_no_bit() {
     for name in NAMES {
-        let folder = ModelFolder::open(&fixture(name), DType::F32, &Device::Cpu).unwrap();
+        let folder = ModelFolder::open(&fixture(name), &Placement::cpu(DType::F32)).unwrap();
         let folder = Arc::new(folder);
         let model = SdxlModel::new(folder.clone());
         let all = texts(&folder, 3);
@@ -72,7 +73,7 @@ fn kept_text_and_time_change_no_bit() {
 /// Two texts of equal values and different sizes are different; another U-Net keeps its own.
 #[test]
 fn nothing_is_kept_for_the_wrong_text_or_network() {
-    let open = |name| ModelFolder::open(&fixture(name), DType::F32, &Device::Cpu).unwrap();
+    let open = |name| ModelFolder::open(&fixture(name), &Placement::cpu(DType::F32)).unwrap();
     let folder = Arc::new(open(NAMES[0]));
     let model = SdxlModel::new(folder.clone());
     let text = texts(&folder, 1).remove(0);

@@ -10,6 +10,7 @@ use common::{
     assert_names, edit_json, fixtures, model_copy, normal, parity_models, read, relative_error,
     values,
 };
+use diffusion_sharpening::nn::device::Placement;
 use diffusion_sharpening::sdxl::config::{ClipTextConfig, UNetConfig, VaeConfig, read_json};
 use diffusion_sharpening::sdxl::weights::{
     save_component, sha256_of, weight_files, write_safetensors,
@@ -26,7 +27,7 @@ fn load(folder: &Path, dtype: DType) -> diffusion_sharpening::Result<Weights> {
 }
 
 fn open(folder: &Path) -> Result<ModelFolder, String> {
-    ModelFolder::open(folder, DType::F32, &Device::Cpu).map_err(|e| e.to_string())
+    ModelFolder::open(folder, &Placement::cpu(DType::F32)).map_err(|e| e.to_string())
 }
 
 fn sorted(weights: &Weights) -> BTreeMap<String, Tensor> {
@@ -148,7 +149,7 @@ fn checkpoints_come_back_whole() {
 fn the_unet_in_half_precision_stays_close() {
     let folder = fixtures().join("parity/ddim_tiny");
     let r = read(&folder.join("reference.safetensors"));
-    let model = ModelFolder::open(&folder, DType::F16, &Device::Cpu).unwrap();
+    let model = ModelFolder::open(&folder, &Placement::cpu(DType::F16)).unwrap();
     let half = |name: &str| r[name].to_dtype(DType::F16).unwrap();
     let timesteps = r["timesteps"].to_dtype(DType::F32).unwrap();
     let (x, context, pooled) = (half("latents"), half("hidden_states"), half("pooled"));

@@ -15,6 +15,7 @@ pub mod op_workload;
 pub mod options;
 pub mod parity;
 pub mod parity_cmd;
+mod placement;
 pub mod plot;
 pub mod progress;
 pub mod prompts;

@@ -67,7 +67,10 @@ impl Args {
         let options = self.options()?;
         match &options.url {
             Some(url) => Ok(Box::new(RemoteBackend::connect(url)?)),
-            None => wiring::open_engine(&options.models.unwrap_or_else(|| "models".into())),
+            None => {
+                let placement = options.placement()?;
+                wiring::open_engine(&options.models.unwrap_or_else(|| "models".into()), &placement)
+            }
         }
     }
 }

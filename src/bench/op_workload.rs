@@ -3,10 +3,11 @@
 //! without gradients; with `_train` behind it, forward and backward of Σ y·fixed to the input
 //! and the weights.
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 
 use super::workload::Work;
-use crate::nn::autograd::attach;
+use crate::nn::autograd::attach_storage;
+use crate::nn::device::{Placement, computed};
 use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, attention, geglu};
 use crate::{Error, Result};
 
@@ -50,13 +51,13 @@ pub fn names() -> impl Iterator<Item = String> {
 ///
 /// # Errors
 /// When there is none.
-pub fn prepare(name: &str) -> Result<Work<'static>> {
+pub fn prepare(name: &str, placement: &Placement) -> Result<Work<'static>> {
     let plain = name.strip_suffix(TRAIN);
     let wanted = plain.unwrap_or(name);
     let Some((_, op)) = OPS.iter().find(|(name, _)| *name == wanted) else {
         return Err(Error::unknown("only", "operation", name, OPS.map(|(name, _)| name)));
     };
-    let inputs = op.inputs()?;
+    let inputs = op.inputs(placement)?;
     if plain.is_none() {
         let run = op.layer(inputs[1..].to_vec());
         return Ok(Box::new(move || run(&inputs[0])));
@@ -64,7 +65,8 @@ pub fn prepare(name: &str) -> Result<Work<'static>> {
     let vars = inputs.iter().map(Var::from_tensor).collect::<candle_core::Result<Vec<_>>>()?;
     let tracked: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let run = op.layer(tracked[1..].to_vec());
-    let fixed = Tensor::randn(0_f32, 1.0, run(&tracked[0])?.shape(), &Device::Cpu)?;
+    let fixed = Tensor::randn(0_f32, 1.0, run(&tracked[0])?.shape(), &placement.device)?;
+    let fixed = fixed.to_dtype(tracked[0].dtype())?;
     Ok(Box::new(move || {
         let gradients = weighted_sum(&run(&tracked[0])?, &fixed)?.backward()?;
         let of = |v: &Var| gradients.get(v).cloned();
@@ -75,17 +77,20 @@ pub fn prepare(name: &str) -> Result<Work<'static>> {
 /// Σ y·fixed. candle's own operations would also compute the gradient of `fixed`, and spread
 /// the sum's gradient out element by element.
 fn weighted_sum(y: &Tensor, fixed: &Tensor) -> Result<Tensor> {
-    let sum = (y.detach() * fixed)?.sum_all()?.to_scalar::<f32>()?;
+    let sum = (y.detach() * fixed)?.sum_all()?;
     let fixed = fixed.clone();
-    let backward = move |g: &Tensor| Ok(vec![fixed.affine(f64::from(g.to_scalar::<f32>()?), 0.0)?]);
-    Ok(attach(vec![sum], (), &[y], backward)?)
+    let backward = move |g: &Tensor| Ok(vec![fixed.broadcast_mul(g)?]);
+    let storage = sum.storage_and_layout().0.try_clone(sum.layout())?;
+    Ok(attach_storage(storage, (), &[y], backward)?)
 }
 
 impl Op {
     /// The input and the weights.
-    fn inputs(self) -> Result<Vec<Tensor>> {
+    fn inputs(self, placement: &Placement) -> Result<Vec<Tensor>> {
+        let dtype = computed(placement.weights, &placement.device);
         let normal = |shape: &[usize], deviation: f64| {
-            Ok(Tensor::randn(0_f32, 1.0, shape, &Device::Cpu)?.affine(deviation, 0.0)?)
+            let values = Tensor::randn(0_f32, 1.0, shape, &placement.device)?;
+            Ok(values.affine(deviation, 0.0)?.to_dtype(dtype)?)
         };
         // Weights of unit gain, so that results are of the inputs' size.
         let unit = |inputs: usize| 1.0 / (inputs as f64).sqrt();

@@ -8,6 +8,7 @@ use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
 use super::prompts::PromptSpec;
+use crate::nn::device::{DeviceChoice, NumberChoice, Placement};
 use crate::{Error, Result};
 
 /// `--seeds`: half-open ranges and single seeds, `0..3` or `0,5,7` or `0..3,10`.
@@ -95,6 +96,15 @@ pub struct Layer {
     /// Folder of models [default: models]
     #[arg(long, env = "DS_BENCH_MODELS", value_name = "DIR")]
     pub models: Option<PathBuf>,
+    /// Device of the models here: auto, cpu or cuda:N [default: auto]
+    #[arg(long, env = "DS_BENCH_DEVICE", value_name = "DEVICE")]
+    pub device: Option<DeviceChoice>,
+    /// Numbers of U-Net and text towers: auto, f32, bf16 or f16 [default: auto]
+    #[arg(long, env = "DS_BENCH_DTYPE", value_name = "TYPE")]
+    pub dtype: Option<NumberChoice>,
+    /// Numbers of the VAE: auto, f32, bf16 or f16 [default: auto, which is f32]
+    #[arg(long, env = "DS_BENCH_VAE_DTYPE", value_name = "TYPE")]
+    pub vae_dtype: Option<NumberChoice>,
     /// Model id [default: the first]
     #[arg(long, env = "DS_BENCH_MODEL", value_name = "ID")]
     pub model: Option<String>,
@@ -127,6 +137,18 @@ pub struct Layer {
 }
 
 impl Layer {
+    /// Where the models here are to run.
+    ///
+    /// # Errors
+    /// When the device is not there or does not offer the numbers.
+    pub fn placement(&self) -> Result<Placement> {
+        Placement::new(
+            self.device.unwrap_or_default(),
+            self.dtype.unwrap_or_default(),
+            self.vae_dtype.unwrap_or_default(),
+        )
+    }
+
     /// Reads a TOML file; unknown keys are errors.
     ///
     /// # Errors
@@ -146,6 +168,9 @@ impl Layer {
             seeds: self.seeds.or(below.seeds),
             out: self.out.or(below.out),
             models: self.models.or(below.models),
+            device: self.device.or(below.device),
+            dtype: self.dtype.or(below.dtype),
+            vae_dtype: self.vae_dtype.or(below.vae_dtype),
             model: self.model.or(below.model),
             adapter: self.adapter.or(below.adapter),
             url: self.url.or(below.url),

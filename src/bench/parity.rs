@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use crate::diffusion::config::SchedulerConfig;
 use crate::diffusion::denoiser::{Conditioning, Denoiser, TextCond};
@@ -12,6 +12,7 @@ use crate::diffusion::guidance::Guided;
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::diffusion::sdxl_model::SdxlModel;
 use crate::diffusion::solver::{Eval, History, SolverSpec};
+use crate::nn::device::Placement;
 use crate::sdxl::ModelFolder;
 use crate::sdxl::config::read_json;
 use crate::sdxl::weights::{read_safetensors, write_safetensors};
@@ -50,9 +51,15 @@ impl Inputs<'_> {
 ///
 /// # Errors
 /// Names the file or tensor at fault.
-pub fn run(model: &Path, inputs: &Path, out: &Path, steps: usize, guidance: f64) -> Result<()> {
-    let folder = ModelFolder::open(model, DType::F32, &Device::Cpu)?;
-    let given = Inputs { file: inputs, tensors: read_safetensors(inputs, &Device::Cpu)? };
+pub fn run(
+    model: &Path,
+    inputs: &Path,
+    out: &Path,
+    (steps, guidance): (usize, f64),
+    placement: &Placement,
+) -> Result<()> {
+    let folder = ModelFolder::open(model, placement)?;
+    let given = Inputs { file: inputs, tensors: read_safetensors(inputs, folder.device())? };
     let latents = given.get("latents", 4, DType::F32)?;
     let timesteps = given.get("timesteps", 1, DType::F32)?;
     let time_ids = given.get("time_ids", 2, DType::F32)?;

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use super::parity;
+use super::placement::PlacementArgs;
 use crate::Result;
 
 /// Run a checkpoint on given latents, tokens and images and write every output.
@@ -26,6 +27,8 @@ pub struct Args {
     /// Guidance scale in `trajectory`.
     #[arg(long, default_value_t = 5.0)]
     pub guidance: f64,
+    #[command(flatten)]
+    pub placement: PlacementArgs,
 }
 
 /// Runs the command.
@@ -33,5 +36,6 @@ pub struct Args {
 /// # Errors
 /// When the model or the inputs cannot be used, or the output not written.
 pub fn run(args: &Args) -> Result<()> {
-    parity::run(&args.model, &args.inputs, &args.out, args.steps, args.guidance)
+    let placement = args.placement.placement()?;
+    parity::run(&args.model, &args.inputs, &args.out, (args.steps, args.guidance), &placement)
 }

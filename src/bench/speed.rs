@@ -9,6 +9,7 @@ use anyhow::Context;
 use serde::Serialize;
 
 use super::op_workload;
+use super::placement::PlacementArgs;
 use super::stats::quantile;
 use super::train_workload::Training;
 use super::workload::{Piece, Work, Workload};
@@ -21,7 +22,7 @@ const LEAST_RUNS: usize = 3;
 
 /// Time the networks, a 50-step image, training steps or single operations.
 ///
-/// Everything runs in f32; after one warm-up, the median over the runs is reported. Without
+/// On the CPU everything runs in f32; after one warm-up, the median over the runs is reported. Without
 /// --only: one U-Net forward, VAE decode, text encoding and 50-step image. --only also knows
 /// training (unet_forward_backward_lora_b1, train_step_full_b4, …) and single operations
 /// (op_conv3x3_320_64, op_conv3x3_320_64_train, …); a wrong name lists all. tools/bench_torch.py does the same work in PyTorch, under the same names, and
@@ -50,6 +51,8 @@ pub struct Args {
     /// One JSON object a line.
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    pub placement: PlacementArgs,
 }
 
 /// The measurement of one piece. `tools/bench_torch.py` prints the same keys.
@@ -122,9 +125,11 @@ pub fn measure(
         Some(&[height, width]) => Some((height, width)),
         _ => None,
     };
+    let placement = args.placement.placement()?;
     let open = || -> Result<Workload> {
         let path = args.model.as_deref();
-        Workload::open(path.ok_or_else(|| Error::invalid("model", "expected a folder"))?, latent)
+        let path = path.ok_or_else(|| Error::invalid("model", "expected a folder"))?;
+        Workload::open(path, latent, &placement)
     };
     let usual = Piece::ALL.map(|(name, _)| name);
     let wanted = |name: &String| match args.only.as_slice() {
@@ -133,7 +138,7 @@ pub fn measure(
     };
     for name in known.iter().filter(|name| wanted(name)) {
         if name.starts_with("op_") {
-            report(&row(args, name, None, 0, &mut op_workload::prepare(name)?)?)?;
+            report(&row(args, name, None, 0, &mut op_workload::prepare(name, &placement)?)?)?;
             continue;
         }
         let workload = open()?;
@@ -144,7 +149,7 @@ pub fn measure(
         }
         if let Some((_, training)) = Training::ALL.iter().find(|(training, _)| training == name) {
             let path = args.model.as_deref().unwrap_or(Path::new("."));
-            let mut work = training.prepare(path, workload)?;
+            let mut work = training.prepare(path, workload, &placement)?;
             report(&row(args, name, about, training.batch as u64, &mut work)?)?;
         }
     }
@@ -200,7 +205,8 @@ struct Sample {
 fn sample(args: &Args, long: bool, work: &mut Work) -> Result<Vec<Sample>> {
     let mut once = || -> Result<Sample> {
         let (start, cpu) = (Instant::now(), cpu_time());
-        std::hint::black_box(work()?);
+        // A GPU is still at work when the call returns.
+        work()?.device().synchronize()?;
         let (wall, end) = (start.elapsed().as_secs_f64(), cpu_time());
         let cpu = end.zip(cpu).map(|(end, start)| end.saturating_sub(start).as_secs_f64());
         Ok(Sample { wall, cpu })
@@ -261,6 +267,7 @@ mod tests {
             latent: None,
             only: only.iter().map(ToString::to_string).collect(),
             json: true,
+            placement: PlacementArgs::default(),
         }
     }
 

@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 
 use super::workload::{Inputs, Work, Workload};
 use crate::nn::LowRank;
+use crate::nn::device::{Placement, computed};
 use crate::sdxl::config::UNetConfig;
 use crate::sdxl::lora::LoraMap;
 use crate::sdxl::{UNet, Weights};
@@ -45,13 +46,21 @@ impl Training {
     ///
     /// # Errors
     /// Names the file that is missing or unusable.
-    pub fn prepare(self, path: &Path, workload: Workload) -> Result<Work<'static>> {
+    pub fn prepare(
+        self,
+        path: &Path,
+        workload: Workload,
+        placement: &Placement,
+    ) -> Result<Work<'static>> {
         let inputs = workload.inputs(self.batch)?;
         let target = workload.latents(self.batch)?;
         let config = workload.unet_config();
         // Its own copy of the weights would count as the training's memory.
         drop(workload);
-        let weights = Weights::from_folder(&path.join("unet"), DType::F32, &Device::Cpu)?;
+        // Whatever is trained is f32; the network computes in the type that was asked for.
+        let stored = if self.lora { placement.weights } else { DType::F32 };
+        let weights = Weights::from_folder(&path.join("unet"), stored, &placement.device)?
+            .computing_in(computed(placement.weights, &placement.device));
         let (vars, unet) =
             if self.lora { with_adapter(&weights, &config)? } else { all(weights, &config)? };
         let mut gradients = Gradients::new(&vars, Missing::Refuse)?;
@@ -59,7 +68,7 @@ impl Training {
         let mut optimizer = self.optimise.then(optimizer).transpose()?;
         Ok(Box::new(move || {
             let Inputs { x, t, context, pooled, sizes } = &inputs;
-            let prediction = unet.forward(x, t, context, pooled, sizes)?;
+            let prediction = unet.forward(x, t, context, pooled, sizes)?.to_dtype(DType::F32)?;
             let loss = (prediction - &target)?.sqr()?.mean_all()?;
             gradients.backward(&loss, 1.0)?;
             match &mut optimizer {
@@ -79,12 +88,13 @@ type Trained = (BTreeMap<String, Var>, UNet);
 
 /// Every parameter a variable.
 fn all(weights: Weights, config: &UNetConfig) -> Result<Trained> {
-    let mut vars = BTreeMap::new();
+    let (mut vars, computed) = (BTreeMap::new(), weights.computed());
     for (name, tensor) in weights.into_tensors() {
         vars.insert(name, Var::from_tensor(&tensor)?);
     }
     let tensors = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
-    let unet = Weights::new(tensors, "unet").build(None, |scope| UNet::load(scope, config))?;
+    let weights = Weights::new(tensors, "unet").computing_in(computed);
+    let unet = weights.build(None, |scope| UNet::load(scope, config))?;
     Ok((vars, unet))
 }
 
@@ -96,9 +106,9 @@ fn with_adapter(weights: &Weights, config: &UNetConfig) -> Result<Trained> {
         if !TARGETS.iter().any(|target| module.ends_with(&format!(".{target}"))) {
             continue;
         }
-        let (output, input) = tensor.dims2()?;
+        let ((output, input), weights_device) = (tensor.dims2()?, tensor.device());
         let mut random = |part: &str, shape: (usize, usize)| -> Result<Tensor> {
-            let var = Var::randn(0_f32, 0.02, shape, &Device::Cpu)?;
+            let var = Var::randn(0_f32, 0.02, shape, weights_device)?;
             let tensor = var.as_tensor().clone();
             vars.insert(format!("{module}.{part}"), var);
             Ok(tensor)

@@ -6,13 +6,14 @@ use std::path::Path;
 use crate::Result;
 use crate::data::scenes::Split;
 use crate::engine::{Backend, Engine};
+use crate::nn::device::Placement;
 
 /// Opens the in-process engine on a folder of models.
 ///
 /// # Errors
 /// When there is no usable checkpoint.
-pub fn open_engine(models: &Path) -> Result<Box<dyn Backend>> {
-    Ok(Box::new(Engine::open(models)?))
+pub fn open_engine(models: &Path, placement: &Placement) -> Result<Box<dyn Backend>> {
+    Ok(Box::new(Engine::open(models, placement)?))
 }
 
 /// The first `count` prompts of the held-out test split of the scene world.

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use crate::diffusion::config::SchedulerConfig;
 use crate::diffusion::cost::Budget;
@@ -16,6 +16,7 @@ use crate::diffusion::schedule::NoiseSchedule;
 use crate::diffusion::sdxl_model::{SdxlModel, time_ids};
 use crate::diffusion::solver::{Solver, SolverSpec, evaluations};
 use crate::diffusion::trajectory::{Row, State, Trajectory};
+use crate::nn::device::Placement;
 use crate::sdxl::ModelFolder;
 use crate::sdxl::config::{UNetConfig, read_json};
 use crate::sdxl::folder::EncodedText;
@@ -86,8 +87,12 @@ impl Workload {
     ///
     /// # Errors
     /// Names the file that is missing or unusable.
-    pub fn open(path: &Path, latent: Option<(usize, usize)>) -> Result<Self> {
-        let folder = ModelFolder::open(path, DType::F32, &Device::Cpu)?;
+    pub fn open(
+        path: &Path,
+        latent: Option<(usize, usize)>,
+        placement: &Placement,
+    ) -> Result<Self> {
+        let folder = ModelFolder::open(path, placement)?;
         let scheduler_file = path.join("scheduler/scheduler_config.json");
         let scheduler: SchedulerConfig = read_json(&scheduler_file)?;
         scheduler.validate().map_err(|e| Error::file(&scheduler_file, e))?;
@@ -157,11 +162,15 @@ impl Workload {
         let text = self.text()?;
         Ok(Inputs {
             x: self.latents(batch)?,
-            t: Tensor::full(TIMESTEP, batch, &Device::Cpu)?,
+            t: Tensor::full(TIMESTEP, batch, self.device())?,
             context: text.context.repeat((batch, 1, 1))?,
             pooled: text.pooled.repeat((batch, 1))?,
-            sizes: Tensor::new(&[self.time_ids()], &Device::Cpu)?.repeat((batch, 1))?,
+            sizes: Tensor::new(&[self.time_ids()], self.device())?.repeat((batch, 1))?,
         })
+    }
+
+    fn device(&self) -> &Device {
+        self.model.0.folder().device()
     }
 
     pub fn unet_config(&self) -> UNetConfig {
@@ -215,7 +224,7 @@ impl Workload {
     /// When memory runs out.
     pub fn latents(&self, batch: usize) -> Result<Tensor> {
         let rows: Vec<u64> = (0..batch as u64).collect();
-        KEY.normal_rows(Purpose::InitialLatent, 0, &rows, self.latent, &Device::Cpu)
+        KEY.normal_rows(Purpose::InitialLatent, 0, &rows, self.latent, self.device())
     }
 }
 
@@ -252,7 +261,8 @@ mod tests {
 
     fn workload(latent: Option<(usize, usize)>) -> Workload {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        Workload::open(&root.join("tests/fixtures/parity/ddim_tiny"), latent).unwrap()
+        let folder = root.join("tests/fixtures/parity/ddim_tiny");
+        Workload::open(&folder, latent, &Placement::cpu(candle_core::DType::F32)).unwrap()
     }
 
     #[test]

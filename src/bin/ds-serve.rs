@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use clap::Parser;
 use diffusion_sharpening::engine::{Backend, Engine};
+use diffusion_sharpening::nn::device::Placement;
 use diffusion_sharpening::nn::threads;
 use diffusion_sharpening::serve::{self, Overrides, Settings, config::LogFormat};
 use tracing_subscriber::EnvFilter;
@@ -49,7 +50,8 @@ fn main() -> anyhow::Result<()> {
         models.display()
     );
     threads::start(settings.threads)?;
-    let running = serve::start(settings, move || open_backend(&models))?;
+    let placement = Placement::new(settings.device, settings.dtype, settings.vae_dtype)?;
+    let running = serve::start(settings, move || open_backend(&models, &placement))?;
     serve::stop_on_signals(running.stopper())?;
     writeln!(out, "listening on http://{}", running.address())?;
     running.wait()?;
@@ -57,8 +59,11 @@ fn main() -> anyhow::Result<()> {
 }
 
 /// Opens the engine over a folder of checkpoints.
-fn open_backend(models: &Path) -> diffusion_sharpening::Result<Arc<dyn Backend>> {
-    Ok(Arc::new(Engine::open(models)?))
+fn open_backend(
+    models: &Path,
+    placement: &Placement,
+) -> diffusion_sharpening::Result<Arc<dyn Backend>> {
+    Ok(Arc::new(Engine::open(models, placement)?))
 }
 
 fn start_log(settings: &Settings) -> anyhow::Result<()> {

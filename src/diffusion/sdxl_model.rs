@@ -24,7 +24,8 @@ pub struct SdxlModel {
 impl SdxlModel {
     pub fn new(folder: Arc<ModelFolder>) -> Self {
         let unet = Arc::new(folder.unet.clone());
-        Self { unet, folder, texts: Arc::default(), device: Device::Cpu }
+        let device = folder.device().clone();
+        Self { unet, folder, texts: Arc::default(), device }
     }
 
     /// The same checkpoint with another U-Net.

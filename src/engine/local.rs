@@ -18,6 +18,7 @@ use crate::diffusion::meter::{Meter, MeteredDecoder, MeteredDenoiser};
 use crate::diffusion::noise::NoiseKey;
 use crate::diffusion::sdxl_model::SdxlModel;
 use crate::diffusion::solver::SolverSpec;
+use crate::nn::device::Placement;
 use crate::rewards::MeteredVerifier;
 use crate::search::{self, Outcome, SearchEnv, SearchEvent};
 use crate::util::CancelToken;
@@ -26,7 +27,7 @@ use crate::{Error, Result};
 /// Latent positions that one model call takes at most, guidance not counted.
 const POSITIONS_AT_ONCE: usize = 1 << 12;
 
-/// Every model of a folder, on this process's CPU.
+/// Every model of a folder, on one device.
 pub struct Engine {
     models: Vec<Arc<Model>>,
     listed: Vec<ModelInfo>,
@@ -38,7 +39,7 @@ impl Engine {
     ///
     /// # Errors
     /// When there is no checkpoint, or one is unusable.
-    pub fn open(models: &Path) -> Result<Self> {
+    pub fn open(models: &Path, placement: &Placement) -> Result<Self> {
         let mut folders = Vec::new();
         if models.join("model_index.json").is_file() {
             folders.push(models.to_path_buf());
@@ -63,7 +64,7 @@ impl Engine {
                 .file_name()
                 .map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
             tracing::info!(model = %id, "loading");
-            opened.push(Arc::new(Model::open(id, &folder)?));
+            opened.push(Arc::new(Model::open(id, &folder, placement)?));
         }
         let listed = opened.iter().map(|m| m.info()).collect();
         Ok(Self { models: opened, listed })

@@ -4,8 +4,6 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{DType, Device};
-
 use super::request::{ModelInfo, ModelRef};
 use crate::data::scenes::Split;
 use crate::diffusion::config::SchedulerConfig;
@@ -13,6 +11,7 @@ use crate::diffusion::guidance::Guided;
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::diffusion::sdxl_model::SdxlModel;
 use crate::diffusion::solver::SolverKind;
+use crate::nn::device::Placement;
 use crate::rewards::{RewardSet, registry};
 use crate::sdxl::config::read_json;
 use crate::sdxl::lora::LoraMap;
@@ -42,8 +41,8 @@ pub struct Model {
 impl Model {
     /// # Errors
     /// Names the file that is missing or unusable.
-    pub fn open(id: String, path: &Path) -> Result<Self> {
-        let folder = ModelFolder::open(path, DType::F32, &Device::Cpu)?;
+    pub fn open(id: String, path: &Path, placement: &Placement) -> Result<Self> {
+        let folder = ModelFolder::open(path, placement)?;
         let tokenizers = folder.tokenizers()?;
         let scheduler_file = path.join("scheduler/scheduler_config.json");
         let scheduler: SchedulerConfig = read_json(&scheduler_file)?;
@@ -78,7 +77,8 @@ impl Model {
             return Ok(Guided(model.clone()));
         }
         let folder = self.base.folder();
-        let lora = LoraMap::read(path, &folder.unet_modules(), DType::F32, &Device::Cpu)?;
+        let (dtype, device) = (folder.unet_weights.computed(), folder.device());
+        let lora = LoraMap::read(path, &folder.unet_modules(), dtype, device)?;
         let unet = folder.unet_with(&lora).map_err(|e| match e {
             Error::Weights(message) => Error::file(path, message),
             other => other,

@@ -16,6 +16,7 @@ pub mod autograd;
 pub mod conv;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod device;
 pub mod embedding;
 mod flash;
 pub mod gemm;

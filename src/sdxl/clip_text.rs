@@ -66,6 +66,7 @@ pub struct ClipText {
     config: ClipTextConfig,
     tokens: Tensor,
     positions: Tensor,
+    computed: DType,
     layers: Vec<ClipLayer>,
     final_norm: LayerNorm,
     projection: Option<Linear>,
@@ -116,6 +117,7 @@ impl ClipText {
             tokens: embeddings.tensor("token_embedding.weight", &[config.vocab_size, width])?,
             positions: embeddings
                 .tensor("position_embedding.weight", &[config.max_position_embeddings, width])?,
+            computed: scope.computed(),
             layers,
             final_norm: inner.at("final_layer_norm").layer_norm(width, config.layer_norm_eps)?,
             projection,
@@ -146,7 +148,8 @@ impl ClipText {
         let flat: Vec<u32> = ids.concat();
         let index = Tensor::from_vec(flat, batch * length, device)?;
         let embedded = self.tokens.index_select(&index, 0)?.reshape((batch, length, ()))?;
-        let mut x = embedded.broadcast_add(&self.positions.narrow(0, 0, length)?)?;
+        let positions = self.positions.narrow(0, 0, length)?.to_dtype(self.computed)?;
+        let mut x = embedded.to_dtype(self.computed)?.broadcast_add(&positions)?;
         let mask = causal_mask(length, x.dtype(), device)?;
         let mut penultimate = x.clone();
         for layer in &self.layers {

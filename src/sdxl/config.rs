@@ -140,6 +140,9 @@ pub struct VaeConfig {
     pub use_post_quant_conv: bool,
     #[serde(default = "yes")]
     pub mid_block_add_attention: bool,
+    /// Its activations overflow in f16.
+    #[serde(default = "yes")]
+    pub force_upcast: bool,
     #[serde(flatten)]
     pub rest: serde_json::Map<String, Value>,
 }

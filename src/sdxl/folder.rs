@@ -12,6 +12,7 @@ use super::tokenizer::ClipTokenizer;
 use super::unet::UNet;
 use super::vae::Vae;
 use super::weights::{Weights, save_component, sha256_of, weight_files};
+use crate::nn::device::Placement;
 use crate::util::write_atomic;
 use crate::{Error, Result};
 
@@ -29,6 +30,7 @@ fn yes() -> bool {
 #[derive(Clone, Debug)]
 pub struct ModelFolder {
     pub path: PathBuf,
+    device: Device,
     /// The null conditioning is zeros (true) or the encoding of "" (false).
     pub force_zeros_for_empty_prompt: bool,
     pub unet_config: UNetConfig,
@@ -55,19 +57,22 @@ impl ModelFolder {
     ///
     /// # Errors
     /// Names the folder or file that is missing or does not fit.
-    pub fn open(path: &Path, dtype: DType, device: &Device) -> Result<Self> {
+    pub fn open(path: &Path, placement: &Placement) -> Result<Self> {
+        let Placement { device, weights: dtype, vae: vae_dtype } = placement;
         let index: ModelIndex = read_json(&path.join("model_index.json"))?;
         let unet_config: UNetConfig = component_config(path, "unet")?;
-        let unet_weights = Weights::from_folder(&path.join("unet"), dtype, device)?;
+        let unet_weights = Weights::from_folder(&path.join("unet"), *dtype, device)?;
         let unet = unet_weights.build(None, |scope| UNet::load(scope, &unet_config))?;
-        // The VAE overflows in half precision, so it stays in f32 unless a gradient check wants more.
-        let vae_dtype = if dtype == DType::F64 { dtype } else { DType::F32 };
         let vae_config: VaeConfig = component_config(path, "vae")?;
-        let vae_weights = Weights::from_folder(&path.join("vae"), vae_dtype, device)?;
+        if *vae_dtype == DType::F16 && vae_config.force_upcast {
+            let message = "this VAE overflows in f16 (force_upcast): expected f32 or bf16";
+            return Err(Error::invalid("vae_dtype", message));
+        }
+        let vae_weights = Weights::from_folder(&path.join("vae"), *vae_dtype, device)?;
         let vae = vae_weights.build(None, |scope| Vae::load(scope, &vae_config))?;
         let tower = |name: &str| -> Result<(Weights, ClipText)> {
             let config: ClipTextConfig = component_config(path, name)?;
-            let weights = Weights::from_folder(&path.join(name), dtype, device)?;
+            let weights = Weights::from_folder(&path.join(name), *dtype, device)?;
             let tower = weights.build(None, |scope| ClipText::load(scope, &config))?;
             Ok((weights, tower))
         };
@@ -89,6 +94,7 @@ impl ModelFolder {
         }
         Ok(Self {
             path: path.to_path_buf(),
+            device: device.clone(),
             force_zeros_for_empty_prompt: index.force_zeros_for_empty_prompt,
             unet_config,
             unet_weights,
@@ -158,6 +164,11 @@ impl ModelFolder {
     /// The U-Net with low-rank adapters in place; the base weights are shared.
     pub fn unet_with(&self, lora: &LoraMap) -> Result<UNet> {
         self.unet_weights.build(Some(lora), |scope| UNet::load(scope, &self.unet_config))
+    }
+
+    /// Where the networks are.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// The modules that an adapter can sit on.

@@ -38,7 +38,6 @@ pub struct TextStates {
     sources: Vec<KeyValue>,
     /// The added embedding, [B, time width].
     added: Option<Tensor>,
-    dtype: DType,
 }
 
 impl TextStates {
@@ -61,7 +60,7 @@ impl TextStates {
         };
         let sources = (0..first.sources.len()).map(source).collect::<Result<_>>()?;
         let added = join(&|p| p.added.clone())?;
-        Ok(Self { sources, added, dtype: first.dtype })
+        Ok(Self { sources, added })
     }
 
     pub fn device(&self) -> &Device {
@@ -79,6 +78,7 @@ impl TextStates {
 #[derive(Clone, Debug)]
 pub struct UNet {
     config: UNetConfig,
+    computed: DType,
     conv_in: Conv2d,
     time: TwoLayers,
     addition: Option<TwoLayers>,
@@ -158,6 +158,7 @@ impl UNet {
         }
         Ok(Self {
             config: config.clone(),
+            computed: scope.computed(),
             conv_in: scope.at("conv_in").conv(config.in_channels, first, 3, 1, 1)?,
             time: TwoLayers::load(&scope.at("time_embedding"), first, shape.time)?,
             addition,
@@ -196,7 +197,8 @@ impl UNet {
         pooled: &Tensor,
         time_ids: &Tensor,
     ) -> Result<TextStates> {
-        let (batch, dtype) = (context.dim(0)?, context.dtype());
+        let (batch, dtype) = (context.dim(0)?, self.computed);
+        let context = &context.to_dtype(dtype)?;
         self.check("context width", context.dim(2)?, self.config.cross_attention_dim)?;
         let mut added = None;
         if let (Some(addition), Some(dim)) = (&self.addition, self.config.addition_time_embed_dim) {
@@ -210,7 +212,7 @@ impl UNet {
         }
         let transformers = self.blocks().filter_map(|(_, transformer)| transformer);
         let sources = transformers.flat_map(|t| t.sources(context)).collect::<Result<_>>()?;
-        Ok(TextStates { sources, added, dtype })
+        Ok(TextStates { sources, added })
     }
 
     /// The residual blocks' shifts, [B, C] each, at `timesteps` [B] f32.
@@ -220,7 +222,7 @@ impl UNet {
     pub fn encode_time(&self, timesteps: &Tensor, text: &TextStates) -> Result<Vec<Tensor>> {
         let (flip, shift) = (self.config.flip_sin_to_cos, self.config.freq_shift);
         let angles = sinusoidal(timesteps, self.config.block_out_channels[0], flip, shift)?;
-        let mut time = self.time.forward(&angles.to_dtype(text.dtype)?)?;
+        let mut time = self.time.forward(&angles.to_dtype(self.computed)?)?;
         if let Some(added) = &text.added {
             self.check("timesteps", timesteps.elem_count(), added.dim(0)?)?;
             time = (time + added)?;
@@ -230,7 +232,8 @@ impl UNet {
         Ok(projections.map(|p| p.forward(&time)).collect::<candle_core::Result<_>>()?)
     }
 
-    /// Noise (or v) prediction of `x` [B, C, h, w]; the other arguments as for
+    /// Noise (or v) prediction of `x` [B, C, h, w], in the type that the network computes in;
+    /// the other arguments as for
     /// [`UNet::encode_text`] and [`UNet::encode_time`].
     ///
     /// # Errors
@@ -265,7 +268,7 @@ impl UNet {
             self.check("context batch", k.dim(0)?, batch)?;
         }
         let mut conditions = Conditions { shifts: shifts.iter(), text: text.sources.iter() };
-        let mut h = self.conv_in.forward(&to_pixels(x)?)?;
+        let mut h = self.conv_in.forward(&to_pixels(&x.to_dtype(self.computed)?)?)?;
         let mut skips = vec![h.clone()];
         for level in &self.down {
             h = level.forward(&h, &mut conditions, &mut skips)?;

@@ -1,6 +1,6 @@
 //! `AutoencoderKL`: images to latents and back.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::config::VaeConfig;
 use super::layout::{to_pixels, to_planes};
@@ -250,6 +250,7 @@ impl Posterior {
 #[derive(Clone, Debug)]
 pub struct Vae {
     config: VaeConfig,
+    computed: DType,
     encoder: Encoder,
     decoder: Decoder,
 }
@@ -259,6 +260,7 @@ impl Vae {
         config.check()?;
         Ok(Self {
             config: config.clone(),
+            computed: scope.computed(),
             encoder: Encoder::load(scope, config)?,
             decoder: Decoder::load(scope, config)?,
         })
@@ -270,7 +272,8 @@ impl Vae {
 
     /// Images [B, 3, H, W] in [-1, 1] → posterior over unscaled latents.
     pub fn encode(&self, images: &Tensor) -> Result<Posterior> {
-        let moments = to_planes(&self.encoder.forward(&to_pixels(images)?)?)?;
+        let moments =
+            to_planes(&self.encoder.forward(&to_pixels(&images.to_dtype(self.computed)?)?)?)?;
         let channels = self.config.latent_channels;
         let mean = moments.narrow(1, 0, channels)?.contiguous()?;
         let log_variance =
@@ -287,6 +290,6 @@ impl Vae {
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         let z =
             ((latents / self.config.scaling_factor)? + self.config.shift_factor.unwrap_or(0.0))?;
-        to_planes(&self.decoder.forward(&to_pixels(&z)?)?)
+        to_planes(&self.decoder.forward(&to_pixels(&z.to_dtype(self.computed)?)?)?)
     }
 }

@@ -7,13 +7,16 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::config::read_json;
 use super::lora::LoraMap;
 use crate::nn::conv::Padding;
-use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, LowRank};
+use crate::nn::device::computed;
+use crate::nn::memory::map_tensors;
+use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, LowRank, threads};
 use crate::util::write_atomic;
 use crate::{Error, Result};
 
@@ -21,6 +24,7 @@ use crate::{Error, Result};
 #[derive(Clone, Debug)]
 pub struct Weights {
     tensors: Arc<HashMap<String, Tensor>>,
+    computed: Option<DType>,
     /// Where they came from, for messages.
     source: PathBuf,
 }
@@ -32,7 +36,14 @@ struct ShardIndex {
 
 impl Weights {
     pub fn new(tensors: HashMap<String, Tensor>, source: impl Into<PathBuf>) -> Self {
-        Self { tensors: Arc::new(tensors), source: source.into() }
+        Self { tensors: Arc::new(tensors), computed: None, source: source.into() }
+    }
+
+    /// The same weights for networks that compute in `dtype`: such as f32 weights in training,
+    /// of which the layers use rounded copies.
+    #[must_use]
+    pub fn computing_in(self, dtype: DType) -> Self {
+        Self { computed: Some(dtype), ..self }
     }
 
     /// Reads the weights of a component folder: `diffusion_pytorch_model` or
@@ -41,18 +52,24 @@ impl Weights {
     /// # Errors
     /// When no file is there, or one is unreadable.
     pub fn from_folder(folder: &Path, dtype: DType, device: &Device) -> Result<Self> {
-        let files = weight_files(folder)?;
         let mut tensors = HashMap::new();
-        for file in &files {
-            for (name, tensor) in read_safetensors(file, device)? {
-                let tensor =
-                    if tensor.dtype().is_float() { tensor.to_dtype(dtype)? } else { tensor };
-                if tensors.insert(name.clone(), tensor).is_some() {
+        for file in &weight_files(folder)? {
+            for (name, tensor) in load(file, dtype, device)? {
+                if tensors.contains_key(&name) {
                     return Err(Error::file(file, format!("tensor '{name}' is in two shards")));
                 }
+                tensors.insert(name, tensor);
             }
         }
         Ok(Self::new(tensors, folder))
+    }
+
+    /// The type in which networks of these weights compute.
+    pub fn computed(&self) -> DType {
+        let stored = || self.tensors.values().find(|t| t.dtype().is_float());
+        self.computed
+            .or_else(|| stored().map(|t| computed(t.dtype(), t.device())))
+            .unwrap_or(DType::F32)
     }
 
     pub fn tensors(&self) -> &HashMap<String, Tensor> {
@@ -155,6 +172,11 @@ pub struct Scope {
 }
 
 impl Scope {
+    /// The type in which the network computes.
+    pub fn computed(&self) -> DType {
+        self.weights.computed()
+    }
+
     /// Goes down to `name` (which may hold dots).
     pub fn at(&self, name: impl std::fmt::Display) -> Self {
         let prefix = if self.prefix.is_empty() {
@@ -194,7 +216,7 @@ impl Scope {
             }
             None => {
                 report.missing.push(format!("{full} {shape:?}"));
-                Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?)
+                Ok(Tensor::zeros(shape, self.computed(), &Device::Cpu)?)
             }
         }
     }
@@ -297,8 +319,38 @@ pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
 
 /// Reads every tensor of a safetensors file in its own dtype.
 pub fn read_safetensors(path: &Path, device: &Device) -> Result<HashMap<String, Tensor>> {
-    let bytes = std::fs::read(path).map_err(|e| Error::file(path, e))?;
-    candle_core::safetensors::load_buffer(&bytes, device).map_err(|e| Error::file(path, e))
+    let mapped = map_tensors(path).map_err(|e| Error::file(path, e))?;
+    let names: Vec<String> = mapped.tensors().into_iter().map(|(name, _)| name).collect();
+    let read = |name: String| {
+        let tensor = mapped.load(&name, device).map_err(|e| Error::file(path, e))?;
+        Ok((name, tensor))
+    };
+    names.into_iter().map(read).collect()
+}
+
+/// Reads every tensor of a safetensors file as it is to lie on `device`: numbers as `dtype`,
+/// and convolutions' weights on a GPU with their input channels last in memory. The file is
+/// mapped: beside the result there is a tensor of its size for each thread at most.
+pub fn load(path: &Path, dtype: DType, device: &Device) -> Result<HashMap<String, Tensor>> {
+    let mapped = map_tensors(path).map_err(|e| Error::file(path, e))?;
+    let names: Vec<String> = mapped.tensors().into_iter().map(|(name, _)| name).collect();
+    let read = |name: &String| -> Result<(String, Tensor)> {
+        let tensor = mapped.load(name, device).and_then(|t| place(t, dtype));
+        Ok((name.clone(), tensor.map_err(|e| Error::file(path, e))?))
+    };
+    if device.is_cpu() {
+        return threads::within(|| names.par_iter().map(read).collect());
+    }
+    names.iter().map(read).collect()
+}
+
+fn place(tensor: Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+    let tensor = if tensor.dtype().is_float() { tensor.to_dtype(dtype)? } else { tensor };
+    if tensor.rank() != 4 || tensor.device().is_cpu() {
+        return Ok(tensor);
+    }
+    // The same shape, in the order in which the GPU's convolutions read it.
+    tensor.permute((0, 2, 3, 1))?.contiguous()?.permute((0, 3, 1, 2))
 }
 
 /// Writes tensors with string metadata, atomically.

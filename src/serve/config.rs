@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::nn::device::{DeviceChoice, NumberChoice};
 use crate::{Error, Result};
 
 /// How log lines are written.
@@ -70,6 +71,12 @@ settings! {
         "Address to listen on; port 0 picks a free one and prints it [default: 127.0.0.1:8080]";
     models: PathBuf = PathBuf::from("models"), "DS_MODELS", "DIR",
         "Folder with one checkpoint folder per model [default: models]";
+    device: DeviceChoice = DeviceChoice::Auto, "DS_DEVICE", "DEVICE",
+        "Where models run: auto, cpu or cuda:N [default: auto]";
+    dtype: NumberChoice = NumberChoice::Auto, "DS_DTYPE", "TYPE",
+        "Numbers of U-Net and text towers: auto (f32 on the CPU, bf16 on a GPU), f32, bf16 or f16 [default: auto]";
+    vae_dtype: NumberChoice = NumberChoice::Auto, "DS_VAE_DTYPE", "TYPE",
+        "Numbers of the VAE: auto (f32), f32, bf16 or f16 [default: auto]";
     workers: usize = 1, "DS_WORKERS", "N",
         "Generation threads: requests that run at the same time [default: 1]";
     threads: usize = 0, "DS_THREADS", "N",

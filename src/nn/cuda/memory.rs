@@ -1,11 +1,35 @@
 //! Tensors as the kernels see them: addresses of contiguous device memory.
 
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
-use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
+use candle_core::cuda_backend::cudarc::driver::result::{device, mem_pool};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, sys};
+use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice, WrapErr};
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, bail};
 
 use crate::nn::autograd::constant;
+
+/// Opens a GPU: one stream for all threads, so that what they do is ordered, and freed memory
+/// kept for later instead of given back at every synchronisation.
+///
+/// # Errors
+/// When there is no such GPU or its driver is too old.
+pub fn open(ordinal: usize) -> Result<Device> {
+    let device = CudaDevice::new_with_stream(ordinal)?;
+    // SAFETY: tracking orders uses in several streams; this device has one.
+    unsafe { device.disable_event_tracking() };
+    keep_freed(&device)?;
+    Ok(Device::Cuda(device))
+}
+
+fn keep_freed(device: &CudaDevice) -> Result<()> {
+    let mut threshold = u64::MAX;
+    // SAFETY: the pool is the device's own, and the attribute is one 64-bit number.
+    unsafe {
+        let pool = device::get_default_mem_pool(device.cuda_stream().context().cu_device()).w()?;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()).w()
+    }
+}
 
 /// Whether the operations of this module apply to the tensor.
 pub fn takes(x: &Tensor) -> bool {
