@@ -31,7 +31,7 @@ out=$(cd "$out" && pwd)
 objects=$out/objects
 compiler=${CXX:-g++}
 base=(-std=c++17 -fPIC -fvisibility=hidden -pthread -I "$here" -I "$headers" -I "$headers/cccl")
-device=("${base[@]}" -O2 -ffp-contract=off -w -DDS_EMULATED)
+device=("${base[@]}" -O2 -ffp-contract=off -fno-strict-aliasing -w -DDS_EMULATED)
 host=("${base[@]}" -O3 -march=native -Wall -Wextra)
 
 # compile OBJECT SOURCE OPTIONS...: unless the object is newer than all it is made of.

@@ -255,6 +255,12 @@ CUresult CUDAAPI cuMemcpyDtoD(CUdeviceptr to, CUdeviceptr from, size_t bytes) {
     return cuMemcpyDtoDAsync(to, from, bytes, nullptr);
 }
 
+// All contexts are the one device's.
+CUresult CUDAAPI cuMemcpyPeerAsync(CUdeviceptr to, CUcontext, CUdeviceptr from, CUcontext, size_t bytes,
+                                   CUstream stream) {
+    return cuMemcpyDtoDAsync(to, from, bytes, stream);
+}
+
 // ---- fills ----
 
 CUresult CUDAAPI cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t count, CUstream stream) {
