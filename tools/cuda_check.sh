@@ -22,11 +22,12 @@ say() { echo "cuda_check: $*"; }
 # One hash over all that can change the outcome. Any file of src can: it need not
 # say cuda itself to be used by one that does.
 fingerprint() {
+  local inputs=(Cargo.toml Cargo.lock src static tests benches tools/cuda*)
+  [[ ! -f build.rs ]] || inputs+=(build.rs)
   {
     rustc --version
     echo "${CUDA_HOME:-}"
-    find Cargo.toml Cargo.lock build.rs src static tests benches tools/cuda* -type f -print0 2>/dev/null |
-      LC_ALL=C sort -z | xargs -0 sha256sum
+    find "${inputs[@]}" -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
   } | sha256sum
 }
 
