@@ -52,3 +52,8 @@ pub struct Listing {
     /// JSON-schema-like description of each parameter: name → {type, default, description}.
     pub params: serde_json::Map<String, serde_json::Value>,
 }
+
+/// Bytes in GiB, for people.
+pub fn gib(bytes: u64) -> String {
+    format!("{:.3} GiB", bytes as f64 / f64::from(1 << 30))
+}

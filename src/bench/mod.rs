@@ -1,7 +1,7 @@
 //! Sweeps, statistics, tables and plots, run on any [`crate::engine::Backend`].
 //!
 //! One file per `ds-bench` subcommand ([`nfe_sweep`], [`sweep_merge`],
-//! [`parity_cmd`], [`scene_report`], [`speed`]), over the parts they share: the
+//! [`parity_cmd`], [`plan_cmd`], [`scene_report`], [`speed`]), over the parts they share: the
 //! grid and its resumable cells ([`sweep`], [`arm`], [`cell`], [`manifest`]),
 //! what is read off them ([`stats`], [`summary`], [`report`], [`plot`]), where
 //! prompts and images come from ([`prompts`], [`remote`], [`wiring`]), and the
@@ -16,6 +16,7 @@ pub mod options;
 pub mod parity;
 pub mod parity_cmd;
 mod placement;
+pub mod plan_cmd;
 pub mod plot;
 pub mod progress;
 pub mod prompts;

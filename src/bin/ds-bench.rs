@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use diffusion_sharpening::bench::{nfe_sweep, parity_cmd, scene_report, speed, sweep_merge};
+use diffusion_sharpening::bench::{
+    nfe_sweep, parity_cmd, plan_cmd, scene_report, speed, sweep_merge,
+};
 use diffusion_sharpening::engine::CancelToken;
 use diffusion_sharpening::nn::{memory, threads};
 
@@ -29,6 +31,7 @@ enum Command {
     NfeSweep(Box<nfe_sweep::Args>),
     SweepMerge(sweep_merge::Args),
     Parity(parity_cmd::Args),
+    Plan(Box<plan_cmd::Args>),
     Speed(speed::Args),
     SceneReport(scene_report::Args),
 }
@@ -56,6 +59,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Speed(args) => return speed::run(&args),
         Command::SweepMerge(args) => sweep_merge::run(&args)?,
         Command::Parity(args) => parity_cmd::run(&args)?,
+        Command::Plan(args) => plan_cmd::run(&args)?,
         Command::SceneReport(args) => scene_report::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)

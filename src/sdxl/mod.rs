@@ -8,6 +8,7 @@ pub mod config;
 pub mod folder;
 mod layout;
 pub mod lora;
+pub mod plan;
 mod resnet;
 pub mod tokenizer;
 pub mod transformer;
