@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{Device, Result, Shape, Tensor, bail};
 
 use super::affine::{Map, Prepared, column_sums};
-use super::autograd::{attach, wanted};
+use super::autograd::{attach, deferred, wanted};
 use super::gemm::{Finish, Plain, Rows, product};
 use super::kernel::{Real, View, uninitialised};
 
@@ -183,7 +183,7 @@ pub(super) fn apply<T: Real>(
         residual: contiguous(added.residual)?,
     };
     operands.check()?;
-    let training = operands.all().any(wanted);
+    let training = deferred() || operands.all().any(wanted);
     let limit = if training { limit().min(TRAINING_LIMIT) } else { limit() };
     let packed = if layer.weight.track_op() {
         None

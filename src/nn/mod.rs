@@ -13,6 +13,7 @@ pub mod adamw;
 mod affine;
 pub mod attention;
 pub mod autograd;
+pub mod checkpoint;
 pub mod conv;
 pub mod embedding;
 mod flash;
@@ -31,6 +32,7 @@ mod winograd;
 
 pub use activation::{Activation, geglu};
 pub use attention::attention;
+pub use checkpoint::{Recompute, checkpoint};
 pub use conv::Conv2d;
 pub use layer::{Added, LowRank};
 pub use linear::Linear;
