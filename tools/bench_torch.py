@@ -23,6 +23,8 @@ train, batches of 1 and 4:
                          (rank 16 on the projections of all attentions) or of every parameter
   train_step_lora_b1/b4, _full_b1/b4
                          the same with a step of AdamW
+  train_step_lora_b4_recompute, _full_b4_recompute
+                         and with gradient checkpoints
 ops: twelve operations at SDXL's sizes, forward alone and with the backward (`_train`);
   needs no --model. Their rows also have `flop` or `bytes` (bench_torch_ops.py).
 

@@ -2,7 +2,7 @@
 
 LoRA goes onto the projections of every attention, through peft as diffusers' training scripts
 do, with the base weights frozen; `full` trains every parameter. The loss is mean((pred -
-target)^2) at fixed inputs, in f32, without gradient checkpointing.
+target)^2) at fixed inputs, in f32; with diffusers' gradient checkpointing where the name says recompute.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ class Training:
     lora: bool
     batch: int
     optimise: bool
+    recompute: bool = False
 
 
 # unet_forward_backward: gradients, set to None before each run.
@@ -30,6 +31,8 @@ TRAINING = {
     "unet_forward_backward_full_b4": Training(lora=False, batch=4, optimise=False),
     "train_step_lora_b4": Training(lora=True, batch=4, optimise=True),
     "train_step_full_b4": Training(lora=False, batch=4, optimise=True),
+    "train_step_lora_b4_recompute": Training(lora=True, batch=4, optimise=True, recompute=True),
+    "train_step_full_b4_recompute": Training(lora=False, batch=4, optimise=True, recompute=True),
 }
 
 
@@ -61,6 +64,8 @@ def prepare(piece, unet, inputs, target):
     import torch
 
     parameters = trained_parameters(unet, piece.lora)
+    if piece.recompute:
+        unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(parameters, **ADAM) if piece.optimise else None
 
     def run():
@@ -79,7 +84,8 @@ def prepare(piece, unet, inputs, target):
 
 
 def restore(unet):
-    """Takes the adapter and the gradients off again."""
+    """Takes the adapter, the gradients and checkpointing off again."""
+    unet.disable_gradient_checkpointing()
     if getattr(unet, "_hf_peft_config_loaded", False):
         unet.unload_lora()
     for parameter in unet.parameters():

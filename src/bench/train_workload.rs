@@ -7,8 +7,8 @@ use std::path::Path;
 use candle_core::{DType, Tensor, Var};
 
 use super::workload::{Inputs, Work, Workload};
-use crate::nn::LowRank;
 use crate::nn::device::{Placement, computed};
+use crate::nn::{LowRank, Recompute};
 use crate::sdxl::config::UNetConfig;
 use crate::sdxl::lora::LoraMap;
 use crate::sdxl::{UNet, Weights};
@@ -28,19 +28,35 @@ pub struct Training {
     pub lora: bool,
     pub batch: usize,
     pub optimise: bool,
+    /// With gradient checkpoints.
+    pub recompute: Recompute,
 }
 
 impl Training {
-    pub const ALL: [(&'static str, Self); 8] = [
-        ("unet_forward_backward_lora_b1", Self { lora: true, batch: 1, optimise: false }),
-        ("unet_forward_backward_full_b1", Self { lora: false, batch: 1, optimise: false }),
-        ("train_step_lora_b1", Self { lora: true, batch: 1, optimise: true }),
-        ("train_step_full_b1", Self { lora: false, batch: 1, optimise: true }),
-        ("unet_forward_backward_lora_b4", Self { lora: true, batch: 4, optimise: false }),
-        ("unet_forward_backward_full_b4", Self { lora: false, batch: 4, optimise: false }),
-        ("train_step_lora_b4", Self { lora: true, batch: 4, optimise: true }),
-        ("train_step_full_b4", Self { lora: false, batch: 4, optimise: true }),
+    pub const ALL: [(&'static str, Self); 10] = [
+        ("unet_forward_backward_lora_b1", Self::gradients(true, 1)),
+        ("unet_forward_backward_full_b1", Self::gradients(false, 1)),
+        ("train_step_lora_b1", Self::gradients(true, 1).optimised()),
+        ("train_step_full_b1", Self::gradients(false, 1).optimised()),
+        ("unet_forward_backward_lora_b4", Self::gradients(true, 4)),
+        ("unet_forward_backward_full_b4", Self::gradients(false, 4)),
+        ("train_step_lora_b4", Self::gradients(true, 4).optimised()),
+        ("train_step_full_b4", Self::gradients(false, 4).optimised()),
+        ("train_step_lora_b4_recompute", Self::gradients(true, 4).optimised().recomputed()),
+        ("train_step_full_b4_recompute", Self::gradients(false, 4).optimised().recomputed()),
     ];
+
+    const fn gradients(lora: bool, batch: usize) -> Self {
+        Self { lora, batch, optimise: false, recompute: Recompute::Off }
+    }
+
+    const fn optimised(self) -> Self {
+        Self { optimise: true, ..self }
+    }
+
+    const fn recomputed(self) -> Self {
+        Self { recompute: Recompute::Blocks, ..self }
+    }
 
     /// Loads the checkpoint's U-Net alone and returns the piece.
     ///
@@ -63,6 +79,7 @@ impl Training {
             .computing_in(computed(placement.weights, &placement.device));
         let (vars, unet) =
             if self.lora { with_adapter(&weights, &config)? } else { all(weights, &config)? };
+        let unet = unet.with_recompute(self.recompute);
         let mut gradients = Gradients::new(&vars, Missing::Refuse)?;
         let optimizer = || AdamW::new(&vars, AdamWConfig::new(RATE));
         let mut optimizer = self.optimise.then(optimizer).transpose()?;

@@ -8,6 +8,7 @@ use image::{Rgb, RgbImage};
 use super::denoiser::{Decoder, NoiseModel, TextCond};
 use super::text_cache::TextCache;
 use crate::nn::threads;
+use crate::sdxl::vae_tiling::Bounds;
 use crate::sdxl::{ClipTokenizer, ModelFolder, UNet};
 use crate::{Error, Result};
 
@@ -19,18 +20,25 @@ pub struct SdxlModel {
     /// What this U-Net made of texts.
     texts: Arc<TextCache>,
     device: Device,
+    /// What decoding may take.
+    bounds: Bounds,
 }
 
 impl SdxlModel {
     pub fn new(folder: Arc<ModelFolder>) -> Self {
         let unet = Arc::new(folder.unet.clone());
         let device = folder.device().clone();
-        Self { unet, folder, texts: Arc::default(), device }
+        Self { unet, folder, texts: Arc::default(), device, bounds: Bounds::default() }
     }
 
     /// The same checkpoint with another U-Net.
     pub fn with_unet(&self, unet: UNet) -> Self {
         Self { unet: Arc::new(unet), texts: Arc::default(), ..self.clone() }
+    }
+
+    /// The same model, decoding within other bounds.
+    pub fn with_bounds(&self, bounds: Bounds) -> Self {
+        Self { bounds, ..self.clone() }
     }
 
     pub fn folder(&self) -> &ModelFolder {
@@ -119,7 +127,13 @@ impl NoiseModel for SdxlModel {
 
 impl Decoder for SdxlModel {
     fn decode(&self, latents: &Tensor) -> Result<Vec<RgbImage>> {
-        threads::within(|| to_images(&self.folder.vae.decode(latents)?))
+        threads::within(|| {
+            let mut images = Vec::new();
+            for part in self.folder.vae.decode_slices(latents, &self.bounds)? {
+                images.extend(to_images(&part?)?);
+            }
+            Ok(images)
+        })
     }
 }
 

@@ -15,8 +15,17 @@ use candle_core::{
 use super::adamw::add_scaled;
 
 thread_local! {
-    static OFF: Cell<bool> = const { Cell::new(false) };
+    static GRAPH: Cell<Graph> = const { Cell::new(Graph::Now) };
     static SUMS: RefCell<Sums> = RefCell::default();
+}
+
+/// Whether the layers of this floor record a graph on this thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Graph {
+    Now,
+    /// Not now; what runs is going to run again, for its gradients.
+    Later,
+    Never,
 }
 
 /// Sums of gradients by variable.
@@ -49,7 +58,7 @@ pub fn summing<R>(sums: &mut Sums, f: impl FnOnce() -> R) -> R {
 }
 
 /// Adds to the sum of a variable, where there is one; gives the gradient back where not.
-fn summed(id: TensorId, gradient: Tensor) -> Result<Option<Tensor>> {
+pub(super) fn summed(id: TensorId, gradient: Tensor) -> Result<Option<Tensor>> {
     SUMS.with_borrow_mut(|sums| {
         let Some(sum) = sums.get_mut(&id) else { return Ok(Some(gradient)) };
         sum.found = true;
@@ -64,19 +73,29 @@ fn summed(id: TensorId, gradient: Tensor) -> Result<Option<Tensor>> {
 /// Runs `f` without recording a graph for the layers of this floor that it calls on this
 /// thread, whatever their weights: their outputs are constants.
 pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
-    struct Restore(bool);
+    recording(Graph::Never, f)
+}
+
+/// Runs `f` with this setting for the layers that it calls on this thread.
+pub(super) fn recording<R>(graph: Graph, f: impl FnOnce() -> R) -> R {
+    struct Restore(Graph);
     impl Drop for Restore {
         fn drop(&mut self) {
-            OFF.set(self.0);
+            GRAPH.set(self.0);
         }
     }
-    let _restore = Restore(OFF.replace(true));
+    let _restore = Restore(GRAPH.replace(graph));
     f()
 }
 
 /// Whether gradients of this tensor are wanted.
 pub fn wanted(x: &Tensor) -> bool {
-    x.track_op() && !OFF.get()
+    x.track_op() && GRAPH.get() == Graph::Now
+}
+
+/// Whether what runs is going to run again, for its gradients.
+pub(super) fn deferred() -> bool {
+    GRAPH.get() == Graph::Later
 }
 
 /// The gradients of some inputs, in their order.

@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{DType, Device, Result, Shape, Tensor, bail};
 
 use super::affine::{Map, Prepared, column_sums};
-use super::autograd::{attach, wanted};
+use super::autograd::{attach, deferred, wanted};
 use super::gemm::{Finish, Plain, Rows, product};
 use super::kernel::{Real, View, dispatch, uninitialised};
 
@@ -207,7 +207,7 @@ pub(super) fn apply(
 
 fn run<T: Real>(operands: Operands, layer: &Weights, shape: impl Into<Shape>) -> Result<Tensor> {
     let map = operands.map;
-    let training = operands.all().any(wanted);
+    let training = deferred() || operands.all().any(wanted);
     let limit = if training { limit().min(TRAINING_LIMIT) } else { limit() };
     let packed = if layer.weight.track_op() {
         None

@@ -13,6 +13,7 @@ pub mod adamw;
 mod affine;
 pub mod attention;
 pub mod autograd;
+pub mod checkpoint;
 pub mod conv;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -34,6 +35,7 @@ mod winograd;
 
 pub use activation::{Activation, geglu};
 pub use attention::attention;
+pub use checkpoint::{Recompute, checkpoint};
 pub use conv::Conv2d;
 pub use layer::{Added, LowRank};
 pub use linear::Linear;

@@ -130,6 +130,9 @@ pub struct VaeConfig {
     pub layers_per_block: usize,
     #[serde(default = "groups")]
     pub norm_num_groups: usize,
+    /// Side of the images that the VAE was trained on, in pixels.
+    #[serde(default = "vae_sample")]
+    pub sample_size: PerLevel<usize>,
     #[serde(default = "vae_scale")]
     pub scaling_factor: f64,
     #[serde(default)]
@@ -195,6 +198,10 @@ fn eps_5() -> f64 {
 }
 fn yes() -> bool {
     true
+}
+/// diffusers takes 32 here, which no published VAE means and which is too small for tiles.
+fn vae_sample() -> PerLevel<usize> {
+    PerLevel::One(512)
 }
 fn vae_scale() -> f64 {
     0.18215
@@ -362,6 +369,13 @@ impl VaeConfig {
     /// Pixels per latent position along one side.
     pub fn factor(&self) -> usize {
         1 << self.block_out_channels.len().saturating_sub(1)
+    }
+
+    /// Latent positions along the side of a tile: those of an image of `sample_size`, as in
+    /// diffusers, in whole quarters. (Other sizes give diffusers images of the wrong size.)
+    pub fn tile_latents(&self) -> usize {
+        let pixels = self.sample_size.at(0).unwrap_or(0);
+        (pixels / self.factor() / 4 * 4).max(4)
     }
 
     /// # Errors

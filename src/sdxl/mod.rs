@@ -15,6 +15,7 @@ pub mod transformer;
 pub mod unet;
 mod unet_blocks;
 pub mod vae;
+pub mod vae_tiling;
 pub mod weights;
 
 pub use clip::Clip;

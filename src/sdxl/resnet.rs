@@ -47,15 +47,12 @@ impl ResnetBlock {
 
     /// `x` [B, H, W, in] → [B, H, W, out]; `shift` [B, out] from the time projection.
     pub fn forward(&self, x: &Tensor, shift: Option<&Tensor>) -> Result<Tensor> {
-        // Each state goes as soon as the next is there: at a large image's size they are what
-        // decoding needs memory for.
-        let h = self
-            .conv1
-            .forward_added(&self.norm1.forward_silu(x)?, Added { shift, residual: None })?;
-        let active = self.norm2.forward_silu(&h)?;
-        drop(h);
+        // Assigned anew, not shadowed: each is freed when the next is there.
+        let mut h = self.norm1.forward_silu(x)?;
+        h = self.conv1.forward_added(&h, Added { shift, residual: None })?;
+        h = self.norm2.forward_silu(&h)?;
         let projected = self.shortcut.as_ref().map(|conv| conv.forward(x)).transpose()?;
         let residual = Some(projected.as_ref().unwrap_or(x));
-        Ok(self.conv2.forward_added(&active, Added { shift: None, residual })?)
+        Ok(self.conv2.forward_added(&h, Added { shift: None, residual })?)
     }
 }

@@ -3,7 +3,9 @@
 use candle_core::Tensor;
 
 use super::weights::Scope;
-use crate::nn::{Added, Conv2d, GroupNorm, LayerNorm, Linear, attention, geglu};
+use crate::nn::{
+    Added, Conv2d, GroupNorm, LayerNorm, Linear, Recompute, attention, checkpoint, geglu,
+};
 use crate::{Error, Result};
 
 /// Keys and values of an attention, [B, S, width] each.
@@ -130,7 +132,12 @@ impl Transformer2D {
     }
 
     /// `x` [B, H, W, C]; takes this transformer's keys and values off `text`.
-    pub fn forward(&self, x: &Tensor, text: &mut std::slice::Iter<KeyValue>) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        text: &mut std::slice::Iter<KeyValue>,
+        recompute: Recompute,
+    ) -> Result<Tensor> {
         let h = self.norm.forward(x)?;
         let h = match &self.projection {
             Projection::Linear(input, _) => input.forward(&h)?,
@@ -141,7 +148,15 @@ impl Transformer2D {
             let Some(text) = text.next() else {
                 return Err(Error::Weights("U-Net: keys and values are missing".into()));
             };
-            tokens = block.forward(&tokens, text)?;
+            tokens = match recompute {
+                Recompute::Off => block.forward(&tokens, text)?,
+                Recompute::Blocks => {
+                    let block = block.clone();
+                    checkpoint(&[&tokens, &text.0, &text.1], move |x| {
+                        block.forward(&x[0], &(x[1].clone(), x[2].clone()))
+                    })?
+                }
+            };
         }
         let h = tokens.reshape(h.shape())?;
         Ok(match &self.projection {

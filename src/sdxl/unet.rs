@@ -9,7 +9,7 @@ use super::transformer::{KeyValue, TransformerShape};
 use super::unet_blocks::{BlockRef, BlockShape, Conditions, DownLevel, MidLevel, UpLevel};
 use super::weights::Scope;
 use crate::nn::embedding::sinusoidal;
-use crate::nn::{Activation, Conv2d, GroupNorm, Linear};
+use crate::nn::{Activation, Conv2d, GroupNorm, Linear, Recompute};
 use crate::{Error, Result};
 
 #[derive(Clone, Debug)]
@@ -87,6 +87,7 @@ pub struct UNet {
     up: Vec<UpLevel>,
     norm_out: GroupNorm,
     conv_out: Conv2d,
+    recompute: Recompute,
 }
 
 impl UNet {
@@ -171,7 +172,16 @@ impl UNet {
                 config.norm_eps,
             )?,
             conv_out: scope.at("conv_out").conv(first, config.out_channels, 3, 1, 1)?,
+            recompute: Recompute::Off,
         })
+    }
+
+    /// The same network, sharing its weights, with or without gradient checkpoints: segments are
+    /// the residual blocks and the transformers' blocks. Of use in training alone; predictions
+    /// have the same bits, and [`checkpoint`](crate::nn::checkpoint()) says how gradients are
+    /// then taken.
+    pub fn with_recompute(self, recompute: Recompute) -> Self {
+        Self { recompute, ..self }
     }
 
     pub fn config(&self) -> &UNetConfig {
@@ -267,7 +277,11 @@ impl UNet {
         if let Some((k, _)) = text.sources.first() {
             self.check("context batch", k.dim(0)?, batch)?;
         }
-        let mut conditions = Conditions { shifts: shifts.iter(), text: text.sources.iter() };
+        let mut conditions = Conditions {
+            shifts: shifts.iter(),
+            text: text.sources.iter(),
+            recompute: self.recompute,
+        };
         let mut h = self.conv_in.forward(&to_pixels(&x.to_dtype(self.computed)?)?)?;
         let mut skips = vec![h.clone()];
         for level in &self.down {

@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use super::resnet::ResnetBlock;
 use super::transformer::{KeyValue, Transformer2D, TransformerShape};
 use super::weights::Scope;
-use crate::nn::Conv2d;
+use crate::nn::{Conv2d, Recompute, checkpoint};
 use crate::{Error, Result};
 
 /// A residual block and the transformer after it.
@@ -19,11 +19,40 @@ pub struct Conditions<'a> {
     pub shifts: std::slice::Iter<'a, Tensor>,
     /// The cross-attentions' keys and values.
     pub text: std::slice::Iter<'a, KeyValue>,
+    pub recompute: Recompute,
 }
 
 impl<'a> Conditions<'a> {
     fn shift(&mut self) -> Result<&'a Tensor> {
         self.shifts.next().ok_or_else(|| Error::Weights("U-Net: a time shift is missing".into()))
+    }
+
+    /// The residual block of `x`, or of `x` and `skip` side by side.
+    fn resnet(&mut self, block: &ResnetBlock, x: &Tensor, skip: Option<&Tensor>) -> Result<Tensor> {
+        let shift = self.shift()?;
+        if self.recompute == Recompute::Off {
+            return resnet(block, shift, x, skip);
+        }
+        let block = block.clone();
+        // Nobody keeps the two side by side.
+        let inputs: Vec<&Tensor> = [shift, x].into_iter().chain(skip).collect();
+        checkpoint(&inputs, move |x| resnet(&block, &x[0], &x[1], x.get(2)))
+    }
+
+    fn transformer(&mut self, transformer: &Transformer2D, x: &Tensor) -> Result<Tensor> {
+        transformer.forward(x, &mut self.text, self.recompute)
+    }
+}
+
+fn resnet(
+    block: &ResnetBlock,
+    shift: &Tensor,
+    x: &Tensor,
+    skip: Option<&Tensor>,
+) -> Result<Tensor> {
+    match skip {
+        None => block.forward(x, Some(shift)),
+        Some(skip) => block.forward(&Tensor::cat(&[x, skip], 3)?, Some(shift)),
     }
 }
 
@@ -71,10 +100,15 @@ impl Layer {
         (&self.resnet, self.attention.as_ref())
     }
 
-    fn forward(&self, x: &Tensor, conditions: &mut Conditions) -> Result<Tensor> {
-        let x = self.resnet.forward(x, Some(conditions.shift()?))?;
+    fn forward(
+        &self,
+        x: &Tensor,
+        skip: Option<&Tensor>,
+        conditions: &mut Conditions,
+    ) -> Result<Tensor> {
+        let x = conditions.resnet(&self.resnet, x, skip)?;
         match &self.attention {
-            Some(attention) => attention.forward(&x, &mut conditions.text),
+            Some(attention) => conditions.transformer(attention, &x),
             None => Ok(x),
         }
     }
@@ -128,7 +162,7 @@ impl DownLevel {
     ) -> Result<Tensor> {
         let mut x = x.clone();
         for layer in &self.layers {
-            x = layer.forward(&x, conditions)?;
+            x = layer.forward(&x, None, conditions)?;
             skips.push(x.clone());
         }
         if let Some(conv) = &self.downsample {
@@ -171,9 +205,9 @@ impl MidLevel {
     }
 
     pub fn forward(&self, x: &Tensor, conditions: &mut Conditions) -> Result<Tensor> {
-        let x = self.resnets[0].forward(x, Some(conditions.shift()?))?;
-        let x = self.transformer.forward(&x, &mut conditions.text)?;
-        self.resnets[1].forward(&x, Some(conditions.shift()?))
+        let x = conditions.resnet(&self.resnets[0], x, None)?;
+        let x = conditions.transformer(&self.transformer, &x)?;
+        conditions.resnet(&self.resnets[1], &x, None)
     }
 }
 
@@ -227,7 +261,7 @@ impl UpLevel {
             let Some(skip) = skips.pop() else {
                 return Err(Error::Weights("U-Net: more up layers than down states".into()));
             };
-            x = layer.forward(&Tensor::cat(&[&x, &skip], 3)?, conditions)?;
+            x = layer.forward(&x, Some(&skip), conditions)?;
         }
         if let Some(conv) = &self.upsample {
             let (_, h, w, _) = x.dims4()?;

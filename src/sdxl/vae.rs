@@ -5,6 +5,7 @@ use candle_core::{DType, Tensor};
 use super::config::VaeConfig;
 use super::layout::{to_pixels, to_planes};
 use super::resnet::ResnetBlock;
+use super::vae_tiling::{Bounds, Direction};
 use super::weights::Scope;
 use crate::Result;
 use crate::nn::conv::Padding;
@@ -272,8 +273,28 @@ impl Vae {
 
     /// Images [B, 3, H, W] in [-1, 1] → posterior over unscaled latents.
     pub fn encode(&self, images: &Tensor) -> Result<Posterior> {
-        let moments =
-            to_planes(&self.encoder.forward(&to_pixels(&images.to_dtype(self.computed)?)?)?)?;
+        self.posterior(&self.encoder.forward(&self.pixels(images)?)?)
+    }
+
+    /// [`Vae::encode`] within `bounds`: the same bits for images that are not tiled.
+    pub fn encode_within(&self, images: &Tensor, bounds: &Bounds) -> Result<Posterior> {
+        let (batch, _, height, width) = images.dims4()?;
+        let size = self.computed.size_in_bytes();
+        let plan = bounds.plan(&self.config, Direction::Encode, (height, width), size);
+        let slice =
+            |part: Result<Tensor>| plan.run(&self.pixels(&part?)?, &|x| self.encoder.forward(x));
+        let parts = slices(images, batch, plan.images).map(slice).collect::<Result<Vec<_>>>()?;
+        self.posterior(&joined(parts)?)
+    }
+
+    /// The encoder's input [B, H, W, 3].
+    fn pixels(&self, images: &Tensor) -> Result<Tensor> {
+        to_pixels(&images.to_dtype(self.computed)?)
+    }
+
+    /// From the encoder's output [B, h, w, 2C].
+    fn posterior(&self, moments: &Tensor) -> Result<Posterior> {
+        let moments = to_planes(moments)?;
         let channels = self.config.latent_channels;
         let mean = moments.narrow(1, 0, channels)?.contiguous()?;
         let log_variance =
@@ -286,10 +307,44 @@ impl Vae {
         Ok(((latents - self.config.shift_factor.unwrap_or(0.0))? * self.config.scaling_factor)?)
     }
 
-    /// Latents of the U-Net's space [B, C, h, w] → images [B, 3, H, W], nominally in [-1, 1].
-    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+    /// The decoder's input [B, h, w, C].
+    fn unscaled(&self, latents: &Tensor) -> Result<Tensor> {
         let z =
             ((latents / self.config.scaling_factor)? + self.config.shift_factor.unwrap_or(0.0))?;
-        to_planes(&self.decoder.forward(&to_pixels(&z.to_dtype(self.computed)?)?)?)
+        to_pixels(&z.to_dtype(self.computed)?)
     }
+
+    /// Latents of the U-Net's space [B, C, h, w] → images [B, 3, H, W], nominally in [-1, 1].
+    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        to_planes(&self.decoder.forward(&self.unscaled(latents)?)?)
+    }
+
+    /// [`Vae::decode`] within `bounds`: the same bits for images that are not tiled.
+    pub fn decode_within(&self, latents: &Tensor, bounds: &Bounds) -> Result<Tensor> {
+        joined(self.decode_slices(latents, bounds)?.collect::<Result<_>>()?)
+    }
+
+    /// The images of [`Vae::decode_within`], as many at a time as are decoded together.
+    pub fn decode_slices(
+        &self,
+        latents: &Tensor,
+        bounds: &Bounds,
+    ) -> Result<impl Iterator<Item = Result<Tensor>>> {
+        let (batch, _, height, width) = latents.dims4()?;
+        let (factor, size) = (self.config.factor(), self.computed.size_in_bytes());
+        let pixels = (height * factor, width * factor);
+        let plan = bounds.plan(&self.config, Direction::Decode, pixels, size);
+        Ok(slices(latents, batch, plan.images).map(move |part| {
+            to_planes(&plan.run(&self.unscaled(&part?)?, &|z| self.decoder.forward(z))?)
+        }))
+    }
+}
+
+fn slices(x: &Tensor, batch: usize, images: usize) -> impl Iterator<Item = Result<Tensor>> {
+    let slice = move |start| Ok(x.narrow(0, start, images.min(batch - start))?);
+    (0..batch).step_by(images).map(slice)
+}
+
+fn joined(mut parts: Vec<Tensor>) -> Result<Tensor> {
+    if parts.len() == 1 { Ok(parts.remove(0)) } else { Ok(Tensor::cat(&parts, 0)?) }
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod layers;
+pub mod training;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
