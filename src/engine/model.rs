@@ -15,7 +15,7 @@ use crate::diffusion::sdxl_model::SdxlModel;
 use crate::diffusion::solver::SolverKind;
 use crate::rewards::{RewardSet, registry};
 use crate::sdxl::config::read_json;
-use crate::sdxl::lora::LoraMap;
+use crate::sdxl::lora::Adapters;
 use crate::sdxl::{ClipTokenizer, ModelFolder};
 use crate::{Error, Result};
 
@@ -77,13 +77,12 @@ impl Model {
         if let Some(model) = adapted.get(name) {
             return Ok(Guided(model.clone()));
         }
-        let folder = self.base.folder();
-        let lora = LoraMap::read(path, &folder.unet_modules(), DType::F32, &Device::Cpu)?;
-        let unet = folder.unet_with(&lora).map_err(|e| match e {
+        let names = self.base.folder().adapter_names();
+        let adapters = Adapters::read(path, &names, DType::F32, &Device::Cpu)?;
+        let model = self.base.with_adapters(&adapters).map_err(|e| match e {
             Error::Weights(message) => Error::file(path, message),
             other => other,
         })?;
-        let model = self.base.with_unet(unet);
         adapted.insert(name.to_owned(), model.clone());
         Ok(Guided(model))
     }
