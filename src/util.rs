@@ -1,13 +1,19 @@
 //! Small things every floor shares: atomic files, cancellation, listings.
 
+use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
 use crate::{Error, Result};
 
-/// Writes `bytes` to a temporary file beside `path`, syncs it and renames it
-/// over `path`, so that a reader or a crash sees the old file or the new one.
+/// Writes `bytes` to `path` whole, as [`write_atomic_with`] does.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomic_with(path, |file| file.write_all(bytes).map_err(|e| Error::file(path, e)))
+}
+
+/// Has `write` fill a temporary file beside `path`, syncs it and renames it
+/// over `path`, so that a reader or a crash sees the old file or the new one.
+pub fn write_atomic_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     let dir = match path.parent() {
         Some(dir) if !dir.as_os_str().is_empty() => dir,
         _ => Path::new("."),
@@ -18,7 +24,7 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut file = builder.tempfile_in(dir).map_err(|e| Error::file(dir, e))?;
-    file.write_all(bytes).map_err(|e| Error::file(path, e))?;
+    write(file.as_file_mut())?;
     file.as_file().sync_all().map_err(|e| Error::file(path, e))?;
     file.persist(path).map_err(|e| Error::file(path, e.error))?;
     Ok(())

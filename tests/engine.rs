@@ -337,6 +337,17 @@ fn write_adapter(path: &Path, model: &Path, modules: &[&str], seed: u64) {
     let folder = ModelFolder::open(model, &Placement::cpu(DType::F32)).unwrap();
     let mut tensors = BTreeMap::new();
     for module in modules {
+        if let Some(tower) = module.strip_prefix("text_encoder") {
+            let width = if tower.starts_with("_2") {
+                folder.text_2.config()
+            } else {
+                folder.text_1.config()
+            };
+            let (down, up) = low_rank(seed, &[width.hidden_size, width.hidden_size], 2);
+            tensors.insert(format!("{module}.lora_A.weight"), (down * 5.0).unwrap());
+            tensors.insert(format!("{module}.lora_B.weight"), (up * 5.0).unwrap());
+            continue;
+        }
         let weight = &folder.unet_weights.tensors()[&format!("{module}.weight")];
         let (down, up) = low_rank(seed, weight.dims(), 2);
         tensors.insert(format!("unet.{module}.lora_A.weight"), down);
@@ -358,6 +369,10 @@ fn adapters_are_listed_and_change_the_image() {
         1,
     );
     write_adapter(&path("cold.safetensors"), &model, &["conv_out"], 2);
+    let query = "text_model.encoder.layers.0.self_attn.v_proj";
+    let [first, second] = ["text_encoder", "text_encoder_2"].map(|t| format!("{t}.{query}"));
+    write_adapter(&path("words.safetensors"), &model, &[&first], 3);
+    write_adapter(&path("more-words.safetensors"), &model, &[&second, "conv_out"], 2);
     std::fs::write(path("garbage.safetensors"), "not a safetensors file").unwrap();
     std::fs::write(path("notes.txt"), "no adapter").unwrap();
     let wrong = |module: &str, columns: usize| {
@@ -376,7 +391,7 @@ fn adapters_are_listed_and_change_the_image() {
     write_safetensors(&path("stranger.safetensors"), &wrong("no.such.module", 12), None).unwrap();
     let engine = Engine::open(dir.path(), &Placement::cpu(DType::F32)).unwrap();
     let listed = &engine.models()[0].adapters;
-    assert_eq!(listed, &["cold", "garbage", "misfit", "stranger", "warm"]);
+    assert_eq!(listed, &["cold", "garbage", "misfit", "more-words", "stranger", "warm", "words"]);
     let with = |name: &str| GenerateRequest { adapter: Some(name.into()), ..request() };
     let plain = run(&engine, &request());
     let warm = run(&engine, &with("warm"));
@@ -384,6 +399,12 @@ fn adapters_are_listed_and_change_the_image() {
     assert_ne!(pixels(&warm), pixels(&plain));
     assert_ne!(pixels(&run(&engine, &with("cold"))), pixels(&warm));
     assert_eq!(pixels(&run(&engine, &with("warm"))), pixels(&warm), "the second use differs");
+    // Adapters of the text towers: what they make of a prompt stays theirs.
+    let words = run(&engine, &with("words"));
+    assert_ne!(pixels(&words), pixels(&plain), "a text tower ignores its adapter");
+    assert_ne!(pixels(&run(&engine, &with("more-words"))), pixels(&run(&engine, &with("cold"))));
+    assert_eq!(pixels(&run(&engine, &request())), pixels(&plain), "the base's texts have changed");
+    assert_eq!(pixels(&run(&engine, &with("words"))), pixels(&words));
     assert_eq!(pixels(&run(&engine, &request())), pixels(&plain), "the base has changed");
     for (name, part) in [
         ("garbage", "garbage.safetensors"),

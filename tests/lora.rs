@@ -10,7 +10,7 @@ use common::{assert_names, fixtures, low_rank, read, relative_error, values};
 use diffusion_sharpening::Result;
 use diffusion_sharpening::nn::LowRank;
 use diffusion_sharpening::nn::device::Placement;
-use diffusion_sharpening::sdxl::lora::LoraMap;
+use diffusion_sharpening::sdxl::lora::{Adapters, LoraMap};
 use diffusion_sharpening::sdxl::weights::write_safetensors;
 use diffusion_sharpening::sdxl::{ModelFolder, UNet, Weights};
 
@@ -69,8 +69,9 @@ impl Bench {
     }
 
     fn read(&self, path: &Path) -> Result<UNet> {
-        let map = LoraMap::read(path, &self.model.unet_modules(), DType::F32, &Device::Cpu)?;
-        self.model.unet_with(&map)
+        let names = self.model.adapter_names();
+        let adapters = Adapters::read(path, &names, DType::F32, &Device::Cpu)?;
+        self.model.unet_with(&adapters.unet)
     }
 
     fn file(&self, name: &str, keys: fn(&str) -> [String; 3], alpha: Option<f32>) -> PathBuf {
@@ -165,6 +166,20 @@ fn every_module_takes_its_own_adapter() {
     }
 }
 
+/// Two keys of one matrix: which of them counts nobody can say.
+#[test]
+fn a_module_in_two_namings_is_refused() {
+    let bench = Bench::open();
+    let module = MODULES[3];
+    let (down, up) = bench.pairs().remove(module).unwrap();
+    let keys = [peft(module), kohya(module)].concat();
+    let tensors = [&down, &up, &up, &down, &up, &up];
+    let tensors = keys.into_iter().zip(tensors.map(Tensor::clone));
+    let tensors = tensors.filter(|(key, _)| !key.ends_with("alpha")).collect();
+    let error = bench.read(&bench.write("twice", tensors)).unwrap_err().to_string();
+    assert_names(&error, &["twice.safetensors", module, "again"]);
+}
+
 #[test]
 fn the_base_network_stays_as_it_was() {
     let bench = Bench::open();
@@ -194,8 +209,25 @@ fn unusable_adapters_are_named() {
         &refused("where-kohya", kohya("no.such.module"), whole),
         &["where-kohya.safetensors", "lora_unet_no_such_module"],
     );
+    // The U-Net's module in a text tower's name.
     let text = kohya(module).map(|key| key.replace("lora_unet", "lora_te1"));
     assert_names(&refused("text", text, whole), &["text.safetensors", "lora_te1"]);
+    for (name, end, kind) in [
+        ("dora", "dora_scale", "DoRA"),
+        ("dora-peft", "lora_magnitude_vector.weight", "DoRA"),
+        ("loha", "hada_w1_a", "LoHa"),
+        ("lokr", "lokr_w1", "LoKr"),
+        ("tucker", "lora_mid.weight", "lora_mid"),
+        ("difference", "diff", "full difference"),
+    ] {
+        let mut keys = kohya(module);
+        keys[0] = keys[0].replace("lora_down.weight", end);
+        let error = refused(name, keys.clone(), (Some(&down), None));
+        assert_names(
+            &error,
+            &[&format!("{name}.safetensors"), &keys[0], kind, "supported is LoRA"],
+        );
+    }
     assert_names(
         &refused("half", peft(module), (Some(&down), None)),
         &["half.safetensors", module],

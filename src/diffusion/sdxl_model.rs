@@ -8,15 +8,18 @@ use image::{Rgb, RgbImage};
 use super::denoiser::{Decoder, NoiseModel, TextCond};
 use super::text_cache::TextCache;
 use crate::nn::threads;
+use crate::sdxl::folder::EncodedText;
+use crate::sdxl::lora::{Adapters, LoraMap};
 use crate::sdxl::vae_tiling::Bounds;
-use crate::sdxl::{ClipTokenizer, ModelFolder, UNet};
+use crate::sdxl::{ClipText, ClipTokenizer, ModelFolder, UNet};
 use crate::{Error, Result};
 
-/// A checkpoint, or a checkpoint with adapters in its U-Net.
+/// A checkpoint, or a checkpoint with adapters in its networks.
 #[derive(Clone)]
 pub struct SdxlModel {
     folder: Arc<ModelFolder>,
     unet: Arc<UNet>,
+    towers: Arc<[ClipText; 2]>,
     /// What this U-Net made of texts.
     texts: Arc<TextCache>,
     device: Device,
@@ -27,8 +30,9 @@ pub struct SdxlModel {
 impl SdxlModel {
     pub fn new(folder: Arc<ModelFolder>) -> Self {
         let unet = Arc::new(folder.unet.clone());
-        let device = folder.device().clone();
-        Self { unet, folder, texts: Arc::default(), device, bounds: Bounds::default() }
+        let towers = Arc::new([folder.text_1.clone(), folder.text_2.clone()]);
+        let (device, bounds) = (folder.device().clone(), Bounds::default());
+        Self { unet, towers, folder, texts: Arc::default(), device, bounds }
     }
 
     /// The same checkpoint with another U-Net.
@@ -39,6 +43,18 @@ impl SdxlModel {
     /// The same model, decoding within other bounds.
     pub fn with_bounds(&self, bounds: Bounds) -> Self {
         Self { bounds, ..self.clone() }
+    }
+
+    /// The same checkpoint with adapters in its U-Net and its text towers.
+    ///
+    /// # Errors
+    /// When an adapter does not fit its network.
+    pub fn with_adapters(&self, adapters: &Adapters) -> Result<Self> {
+        let model = self.with_unet(self.folder.unet_with(&adapters.unet)?);
+        if adapters.text.iter().all(LoraMap::is_empty) {
+            return Ok(model);
+        }
+        Ok(Self { towers: Arc::new(self.folder.towers_with(&adapters.text)?), ..model })
     }
 
     pub fn folder(&self) -> &ModelFolder {
@@ -58,7 +74,9 @@ impl SdxlModel {
         let rows =
             |t: &ClipTokenizer| prompts.iter().map(|p| t.encode(p)).collect::<Result<Vec<_>>>();
         let ids = [rows(&tokenizers[0])?, rows(&tokenizers[1])?];
-        let encoded = threads::within(|| self.folder.encode_ids(&ids[0], &ids[1]))?;
+        let encoded = threads::within(|| {
+            EncodedText::of([&self.towers[0], &self.towers[1]], [&ids[0], &ids[1]])
+        })?;
         (0..prompts.len())
             .map(|i| {
                 Ok(TextCond {

@@ -14,7 +14,7 @@ use crate::diffusion::solver::SolverKind;
 use crate::nn::device::Placement;
 use crate::rewards::{RewardSet, registry};
 use crate::sdxl::config::read_json;
-use crate::sdxl::lora::LoraMap;
+use crate::sdxl::lora::Adapters;
 use crate::sdxl::{ClipTokenizer, ModelFolder};
 use crate::{Error, Result};
 
@@ -78,12 +78,11 @@ impl Model {
         }
         let folder = self.base.folder();
         let (dtype, device) = (folder.unet_weights.computed(), folder.device());
-        let lora = LoraMap::read(path, &folder.unet_modules(), dtype, device)?;
-        let unet = folder.unet_with(&lora).map_err(|e| match e {
+        let adapters = Adapters::read(path, &folder.adapter_names(), dtype, device)?;
+        let model = self.base.with_adapters(&adapters).map_err(|e| match e {
             Error::Weights(message) => Error::file(path, message),
             other => other,
         })?;
-        let model = self.base.with_unet(unet);
         adapted.insert(name.to_owned(), model.clone());
         Ok(Guided(model))
     }

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::clip_text::ClipText;
 use super::config::{ClipTextConfig, UNetConfig, VaeConfig, read_json};
 use super::lora::LoraMap;
+use super::lora_names::AdapterNames;
 use super::tokenizer::ClipTokenizer;
 use super::unet::UNet;
 use super::vae::Vae;
@@ -50,6 +51,15 @@ pub struct EncodedText {
     pub context: Tensor,
     /// [B, P]: the second tower's projected pooled output.
     pub pooled: Tensor,
+}
+
+impl EncodedText {
+    /// Encodes token ids, B rows for each tower.
+    pub fn of([first, second]: [&ClipText; 2], ids: [&[Vec<u32>]; 2]) -> Result<Self> {
+        let (first, second) = (first.forward(ids[0])?, second.forward(ids[1])?);
+        let context = Tensor::cat(&[&first.penultimate, &second.penultimate], 2)?.contiguous()?;
+        Ok(Self { context, pooled: second.pooled })
+    }
 }
 
 impl ModelFolder {
@@ -161,9 +171,25 @@ impl ModelFolder {
         Ok([read("tokenizer", &self.text_1)?, read("tokenizer_2", &self.text_2)?])
     }
 
+    /// What adapter files call this checkpoint's modules.
+    pub fn adapter_names(&self) -> AdapterNames {
+        let [first, second] = &self.text_weights;
+        let modules = [&self.unet_weights, first, second].map(Weights::modules);
+        AdapterNames::new(&self.unet_config, modules)
+    }
+
     /// The U-Net with low-rank adapters in place; the base weights are shared.
     pub fn unet_with(&self, lora: &LoraMap) -> Result<UNet> {
         self.unet_weights.build(Some(lora), |scope| UNet::load(scope, &self.unet_config))
+    }
+
+    /// The text towers with low-rank adapters in place; the base weights are shared.
+    pub fn towers_with(&self, lora: &[LoraMap; 2]) -> Result<[ClipText; 2]> {
+        let tower = |i: usize, plain: &ClipText| {
+            self.text_weights[i]
+                .build(Some(&lora[i]), |scope| ClipText::load(scope, plain.config()))
+        };
+        Ok([tower(0, &self.text_1)?, tower(1, &self.text_2)?])
     }
 
     /// Where the networks are.
@@ -171,24 +197,9 @@ impl ModelFolder {
         &self.device
     }
 
-    /// The modules that an adapter can sit on.
-    pub fn unet_modules(&self) -> Vec<String> {
-        let mut names: Vec<String> = self
-            .unet_weights
-            .tensors()
-            .iter()
-            .filter(|(_, t)| t.rank() >= 2)
-            .filter_map(|(name, _)| name.strip_suffix(".weight").map(str::to_owned))
-            .collect();
-        names.sort();
-        names
-    }
-
     /// Encodes token ids, B rows for each tower.
     pub fn encode_ids(&self, ids_1: &[Vec<u32>], ids_2: &[Vec<u32>]) -> Result<EncodedText> {
-        let (first, second) = (self.text_1.forward(ids_1)?, self.text_2.forward(ids_2)?);
-        let context = Tensor::cat(&[&first.penultimate, &second.penultimate], 2)?.contiguous()?;
-        Ok(EncodedText { context, pooled: second.pooled })
+        EncodedText::of([&self.text_1, &self.text_2], [ids_1, ids_2])
     }
 
     /// Default image width and height in pixels.

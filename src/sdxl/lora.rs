@@ -1,25 +1,22 @@
-//! Low-rank adapter files, in the key names of diffusers/PEFT and of kohya.
+//! Low-rank adapters of a checkpoint's networks, and reading them from files.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use super::lora_names::{AdapterNames, Network, Part, other_kind};
+use super::lora_peft::PeftMetadata;
 use super::weights::read_safetensors;
 use crate::nn::LowRank;
 use crate::{Error, Result};
 
+pub use super::lora_write::LoraFormat;
+
 /// Adapters of a network by module name (`mid_block.attentions.0.proj_in`).
 #[derive(Clone, Debug, Default)]
 pub struct LoraMap(Arc<BTreeMap<String, LowRank>>);
-
-#[derive(Default)]
-struct Parts {
-    down: Option<Tensor>,
-    up: Option<Tensor>,
-    alpha: Option<f64>,
-}
 
 impl LoraMap {
     pub fn new(modules: BTreeMap<String, LowRank>) -> Self {
@@ -34,84 +31,119 @@ impl LoraMap {
         self.0.keys().map(String::as_str)
     }
 
-    /// Reads a U-Net adapter. diffusers/PEFT keys are
-    /// `unet.<module>.lora_A.weight`; kohya's are
-    /// `lora_unet_<module with underscores>.lora_down.weight`, for which
-    /// `modules` lists the network's module names.
-    ///
-    /// # Errors
-    /// Names the first key that is not understood or has no partner.
-    pub fn read(path: &Path, modules: &[String], dtype: DType, device: &Device) -> Result<Self> {
-        let flat: HashMap<String, &String> =
-            modules.iter().map(|m| (format!("lora_unet_{}", m.replace('.', "_")), m)).collect();
-        let mut parts: BTreeMap<String, Parts> = BTreeMap::new();
-        for (key, tensor) in read_safetensors(path, device)? {
-            let Some((module, kind)) = split_key(&key, &flat) else {
-                return Err(Error::file(
-                    path,
-                    format!("'{key}' is no U-Net adapter key in diffusers' or kohya's names"),
-                ));
-            };
-            let entry = parts.entry(module).or_default();
-            match kind {
-                Kind::Down => entry.down = Some(tensor.to_dtype(dtype)?),
-                Kind::Up => entry.up = Some(tensor.to_dtype(dtype)?),
-                Kind::Alpha => {
-                    let value = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-                    entry.alpha = value.first().copied();
-                }
-            }
-        }
-        let mut map = BTreeMap::new();
-        for (module, part) in parts {
-            let (Some(down), Some(up)) = (part.down, part.up) else {
-                return Err(Error::file(
-                    path,
-                    format!("adapter of '{module}' lacks its down or up matrix"),
-                ));
-            };
-            let (&[rank @ (1..), _, ..], &[_, other, ..]) = (down.dims(), up.dims()) else {
-                let message = format!(
-                    "adapter of '{module}': {:?} and {:?} are no matrices",
-                    down.dims(),
-                    up.dims()
-                );
-                return Err(Error::file(path, message));
-            };
-            if other != rank {
-                return Err(Error::file(
-                    path,
-                    format!("adapter of '{module}': ranks {rank} and {other} differ"),
-                ));
-            }
-            let scale = part.alpha.map_or(1.0, |alpha| alpha / rank as f64);
-            map.insert(module, LowRank { down, up, scale });
-        }
-        Ok(Self::new(map))
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &LowRank)> {
+        self.0.iter().map(|(name, adapter)| (name.as_str(), adapter))
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }
 
-enum Kind {
-    Down,
-    Up,
-    Alpha,
+/// What one adapter file holds: low-rank updates of the U-Net, of the text towers, or of all.
+#[derive(Clone, Debug, Default)]
+pub struct Adapters {
+    pub unet: LoraMap,
+    /// Of `text_encoder` and `text_encoder_2`.
+    pub text: [LoraMap; 2],
 }
 
-fn split_key(key: &str, flat: &HashMap<String, &String>) -> Option<(String, Kind)> {
-    let endings = [
-        (".lora_A.weight", Kind::Down),
-        (".lora_B.weight", Kind::Up),
-        (".lora_down.weight", Kind::Down),
-        (".lora_up.weight", Kind::Up),
-        (".lora.down.weight", Kind::Down),
-        (".lora.up.weight", Kind::Up),
-        (".alpha", Kind::Alpha),
-    ];
-    let (stem, kind) =
-        endings.into_iter().find_map(|(end, kind)| Some((key.strip_suffix(end)?, kind)))?;
-    let module = match stem.strip_prefix("unet.") {
-        Some(module) => module.to_owned(),
-        None => flat.get(stem)?.to_string(),
+impl From<LoraMap> for Adapters {
+    /// An adapter of the U-Net alone.
+    fn from(unet: LoraMap) -> Self {
+        Self { unet, text: Default::default() }
+    }
+}
+
+#[derive(Default)]
+struct Parts {
+    down: Option<Tensor>,
+    up: Option<Tensor>,
+    alpha: Option<f64>,
+}
+
+impl Adapters {
+    pub fn network(&self, network: Network) -> &LoraMap {
+        match network {
+            Network::UNet => &self.unet,
+            Network::Text1 => &self.text[0],
+            Network::Text2 => &self.text[1],
+        }
+    }
+
+    /// Reads a LoRA file, of linear layers and convolutions, in the names of
+    ///
+    /// - kohya: `lora_unet_<module>.lora_down.weight`, `lora_te1_…`, `lora_te2_…`, where
+    ///   `<module>` is numbered as in Stability's code or as in diffusers;
+    /// - diffusers and PEFT: `unet.<module>.lora_A.weight`, `.lora.down.weight`,
+    ///   `.lora_linear_layer.down.weight`, `processor.to_q_lora.down.weight`, with
+    ///   `text_encoder.` and `text_encoder_2.`;
+    /// - ComfyUI: `diffusion_model.<module>.lora_A.weight` in Stability's numbering.
+    ///
+    /// The scale is `alpha / rank` with the module's `.alpha`, or what the header's
+    /// `lora_adapter_metadata` says, else 1.
+    ///
+    /// # Errors
+    /// Names the first key that is not understood, of another kind of adapter, or without its
+    /// partner.
+    pub fn read(path: &Path, names: &AdapterNames, dtype: DType, device: &Device) -> Result<Self> {
+        let fail = |message: String| Error::file(path, message);
+        let metadata = PeftMetadata::read(path)?;
+        let mut parts: BTreeMap<(Network, String), Parts> = BTreeMap::new();
+        let tensors: BTreeMap<String, Tensor> =
+            read_safetensors(path, device)?.into_iter().collect();
+        for (key, tensor) in tensors {
+            if let Some(kind) = other_kind(&key) {
+                return Err(fail(format!(
+                    "'{key}' belongs to {kind}, which is not supported; supported is LoRA of \
+                     linear layers and convolutions (a down and an up matrix, and alpha)"
+                )));
+            }
+            let Some((network, module, part)) = names.parse(&key) else {
+                return Err(fail(format!(
+                    "'{key}' is no key of an SDXL adapter in kohya's, diffusers' or ComfyUI's \
+                     names, or there is no such module in this checkpoint"
+                )));
+            };
+            let entry = parts.entry((network, module.to_owned())).or_default();
+            let twice = match part {
+                Part::Down => entry.down.replace(tensor.to_dtype(dtype)?).is_some(),
+                Part::Up => entry.up.replace(tensor.to_dtype(dtype)?).is_some(),
+                Part::Alpha => {
+                    let value = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+                    let [value] = value[..] else {
+                        return Err(fail(format!("'{key}' is no single number")));
+                    };
+                    entry.alpha.replace(value).is_some()
+                }
+            };
+            if twice {
+                return Err(fail(format!("'{key}' says again what another key says of {module}")));
+            }
+        }
+        let mut maps: [BTreeMap<String, LowRank>; 3] = Default::default();
+        for ((network, module), part) in parts {
+            let stabilised = |rank| metadata.scale(network, &module, rank);
+            let adapter = low_rank(part, stabilised)
+                .map_err(|what| fail(format!("adapter of '{module}': {what}")))?;
+            maps[network as usize].insert(module, adapter);
+        }
+        let [unet, text_1, text_2] = maps.map(LoraMap::new);
+        Ok(Self { unet, text: [text_1, text_2] })
+    }
+}
+
+/// Joins the parts of one module; `scale` is by the rank, for a module without alpha.
+fn low_rank(parts: Parts, scale: impl Fn(usize) -> f64) -> Result<LowRank, String> {
+    let (Some(down), Some(up)) = (parts.down, parts.up) else {
+        return Err("lacks its down or up matrix".into());
     };
-    Some((module, kind))
+    let (&[rank @ (1..), _, ..], &[_, other, ..]) = (down.dims(), up.dims()) else {
+        return Err(format!("{:?} and {:?} are no matrices", down.dims(), up.dims()));
+    };
+    if other != rank {
+        return Err(format!("ranks {rank} and {other} differ"));
+    }
+    let scale = parts.alpha.map_or_else(|| scale(rank), |alpha| alpha / rank as f64);
+    Ok(LowRank { down, up, scale })
 }

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::config::read_json;
 use super::lora::LoraMap;
+use super::tensor_file::{self, Entry};
 use crate::nn::conv::Padding;
 use crate::nn::device::computed;
 use crate::nn::memory::map_tensors;
@@ -84,6 +85,15 @@ impl Weights {
     /// Number of elements.
     pub fn parameters(&self) -> u64 {
         self.tensors.values().map(|t| t.elem_count() as u64).sum()
+    }
+
+    /// The modules that an adapter can sit on, in name order.
+    pub fn modules(&self) -> Vec<String> {
+        let matrices = self.tensors.iter().filter(|(_, t)| t.rank() >= 2);
+        let mut names: Vec<String> =
+            matrices.filter_map(|(k, _)| k.strip_suffix(".weight").map(str::to_owned)).collect();
+        names.sort();
+        names
     }
 
     /// Builds a network from these weights.
@@ -359,13 +369,8 @@ pub fn write_safetensors(
     tensors: &BTreeMap<String, Tensor>,
     metadata: Option<HashMap<String, String>>,
 ) -> Result<()> {
-    let on_cpu = tensors
-        .iter()
-        .map(|(name, t)| Ok((name.as_str(), t.to_device(&Device::Cpu)?.contiguous()?)))
-        .collect::<Result<Vec<_>>>()?;
-    let bytes = safetensors::serialize(on_cpu.iter().map(|(n, t)| (*n, t)), metadata)
-        .map_err(|e| Error::file(path, e))?;
-    write_atomic(path, &bytes)
+    let entries: Vec<Entry> = tensors.iter().map(|(name, t)| Entry::of(name, t)).collect();
+    tensor_file::write(path, entries, &metadata.unwrap_or_default().into_iter().collect())
 }
 
 /// Writes a component's weights as diffusers does: one file, or shards of at
