@@ -14,7 +14,7 @@ use crate::diffusion::schedule::NoiseSchedule;
 use crate::diffusion::sdxl_model::SdxlModel;
 use crate::diffusion::solver::SolverKind;
 use crate::rewards::{RewardSet, registry};
-use crate::sdxl::config::read_json;
+use crate::sdxl::folder::OpenOptions;
 use crate::sdxl::lora::Adapters;
 use crate::sdxl::{ClipTokenizer, ModelFolder};
 use crate::{Error, Result};
@@ -43,11 +43,11 @@ impl Model {
     /// # Errors
     /// Names the file that is missing or unusable.
     pub fn open(id: String, path: &Path) -> Result<Self> {
-        let folder = ModelFolder::open(path, DType::F32, &Device::Cpu)?;
+        let options = OpenOptions { vae: ModelFolder::vae_of(path) };
+        let folder = ModelFolder::open_with(path, DType::F32, &Device::Cpu, &options)?;
         let tokenizers = folder.tokenizers()?;
-        let scheduler_file = path.join("scheduler/scheduler_config.json");
-        let scheduler: SchedulerConfig = read_json(&scheduler_file)?;
-        scheduler.validate().map_err(|e| Error::file(&scheduler_file, e))?;
+        let scheduler: SchedulerConfig = folder.scheduler()?;
+        scheduler.validate().map_err(|e| Error::file(path, format!("scheduler: {e}")))?;
         if let Some(class) = scheduler.class_without_counterpart() {
             let solver = scheduler.default_solver().name();
             tracing::warn!(model = %id, class, solver, "no such solver here; using another by default");
@@ -60,7 +60,7 @@ impl Model {
             solver: scheduler.default_solver(),
             schedule: NoiseSchedule::new(&scheduler)?,
             rewards: registry::for_model(path)?,
-            adapters: adapter_files(&path.join("adapters"))?,
+            adapters: adapter_files(&ModelFolder::adapters_of(path))?,
             base: SdxlModel::new(Arc::new(folder)),
             adapted: Mutex::default(),
         })

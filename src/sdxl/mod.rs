@@ -12,13 +12,17 @@ pub mod lora;
 pub mod lora_names;
 mod lora_peft;
 mod lora_write;
+mod open_ai_words;
 mod resnet;
+pub mod single_config;
+pub mod single_file;
 pub mod tensor_file;
 pub mod tokenizer;
 pub mod transformer;
 pub mod unet;
 mod unet_blocks;
 pub mod vae;
+mod vae_file;
 pub mod weights;
 
 pub use clip::Clip;
