@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use common::{assert_names, fixtures, ids, read, relative_error, values};
 use diffusion_sharpening::Result;
 use diffusion_sharpening::nn::LowRank;
+use diffusion_sharpening::nn::device::Placement;
 use diffusion_sharpening::sdxl::config::read_json;
 use diffusion_sharpening::sdxl::lora::{Adapters, LoraFormat, LoraMap};
 use diffusion_sharpening::sdxl::lora_names::{AdapterNames, Network, Part};
@@ -31,7 +32,7 @@ struct Bench {
 impl Bench {
     fn open() -> Self {
         let folder = fixtures().join("parity/ddim_tiny");
-        let model = ModelFolder::open(&folder, DType::F32, &Device::Cpu).unwrap();
+        let model = ModelFolder::open(&folder, &Placement::cpu(DType::F32)).unwrap();
         Self {
             names: model.adapter_names(),
             model,

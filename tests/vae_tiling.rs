@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use common::{fixtures, normal, parity_models, read, relative_error, values};
 use diffusion_sharpening::diffusion::denoiser::Decoder;
 use diffusion_sharpening::diffusion::sdxl_model::{SdxlModel, to_images};
+use diffusion_sharpening::nn::device::Placement;
 use diffusion_sharpening::sdxl::config::{VaeConfig, read_json};
 use diffusion_sharpening::sdxl::vae_tiling::{Bounds, Tiling};
 use diffusion_sharpening::sdxl::{ModelFolder, Vae, Weights};
@@ -82,7 +83,7 @@ fn tiles_begin_above_the_threshold() {
 #[test]
 fn slices_have_the_bits_of_the_batch() {
     for folder in parity_models() {
-        let model = ModelFolder::open(&folder, DType::F32, &Device::Cpu).unwrap();
+        let model = ModelFolder::open(&folder, &Placement::cpu(DType::F32)).unwrap();
         let config = model.vae.config();
         let (channels, factor) = (config.latent_channels, config.factor());
         let latents = single(4, &[5, channels, 8, 7]);
@@ -101,7 +102,8 @@ fn slices_have_the_bits_of_the_batch() {
 /// The decoder that everything generates through keeps to its bounds.
 #[test]
 fn a_model_decodes_within_its_bounds() {
-    let folder = ModelFolder::open(&fixtures().join("parity/ddim_tiny"), DType::F32, &Device::Cpu);
+    let folder =
+        ModelFolder::open(&fixtures().join("parity/ddim_tiny"), &Placement::cpu(DType::F32));
     let model = SdxlModel::new(folder.unwrap().into());
     let vae = &model.folder().vae;
     // The tile of this VAE is 64 pixels.
@@ -117,7 +119,7 @@ fn a_model_decodes_within_its_bounds() {
 #[test]
 fn large_images_tile_by_default() {
     let folder = fixtures().join("parity/euler_sdxl_shape");
-    let folder = ModelFolder::open(&folder, DType::F32, &Device::Cpu);
+    let folder = ModelFolder::open(&folder, &Placement::cpu(DType::F32));
     let model = SdxlModel::new(folder.unwrap().into());
     let vae = &model.folder().vae;
     let latents = single(7, &[1, 4, 128, 129]);

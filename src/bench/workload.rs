@@ -18,7 +18,7 @@ use crate::diffusion::solver::{Solver, SolverSpec, evaluations};
 use crate::diffusion::trajectory::{Row, State, Trajectory};
 use crate::nn::device::Placement;
 use crate::sdxl::ModelFolder;
-use crate::sdxl::config::{UNetConfig, read_json};
+use crate::sdxl::config::UNetConfig;
 use crate::sdxl::folder::EncodedText;
 use crate::util::CancelToken;
 use crate::{Error, Result};
@@ -93,9 +93,8 @@ impl Workload {
         placement: &Placement,
     ) -> Result<Self> {
         let folder = ModelFolder::open(path, placement)?;
-        let scheduler_file = path.join("scheduler/scheduler_config.json");
-        let scheduler: SchedulerConfig = read_json(&scheduler_file)?;
-        scheduler.validate().map_err(|e| Error::file(&scheduler_file, e))?;
+        let scheduler: SchedulerConfig = folder.scheduler()?;
+        scheduler.validate().map_err(|e| Error::file(path, format!("scheduler: {e}")))?;
         let schedule = NoiseSchedule::new(&scheduler)?;
         let solver =
             SolverSpec::ode(scheduler.default_solver(), &schedule).build(&schedule, STEPS)?;

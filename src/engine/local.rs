@@ -20,6 +20,7 @@ use crate::diffusion::sdxl_model::SdxlModel;
 use crate::diffusion::solver::SolverSpec;
 use crate::nn::device::Placement;
 use crate::rewards::MeteredVerifier;
+use crate::sdxl::ModelFolder;
 use crate::search::{self, Outcome, SearchEnv, SearchEvent};
 use crate::util::CancelToken;
 use crate::{Error, Result};
@@ -34,37 +35,41 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Opens every subfolder of `models` that holds a `model_index.json`, in
-    /// name order; or `models` itself when it is a checkpoint.
+    /// Opens every checkpoint in `models`, folders in the diffusers layout and single
+    /// `.safetensors` files, in name order; or `models` itself when it is one.
     ///
     /// # Errors
     /// When there is no checkpoint, or one is unusable.
     pub fn open(models: &Path, placement: &Placement) -> Result<Self> {
-        let mut folders = Vec::new();
-        if models.join("model_index.json").is_file() {
-            folders.push(models.to_path_buf());
+        let mut found = Vec::new();
+        if ModelFolder::is_at(models) {
+            found.push(models.to_path_buf());
         } else {
             for entry in std::fs::read_dir(models).map_err(|e| Error::file(models, e))? {
                 let path = entry.map_err(|e| Error::file(models, e))?.path();
-                if path.join("model_index.json").is_file() {
-                    folders.push(path);
+                if ModelFolder::is_at(&path) {
+                    found.push(path);
                 }
             }
-            folders.sort();
+            found.sort();
         }
-        if folders.is_empty() {
-            let message =
-                "no checkpoint here: expected folders with a model_index.json (diffusers layout)";
+        if found.is_empty() {
+            let message = "no checkpoint here: expected folders with a model_index.json \
+                           (diffusers layout) or .safetensors files (Stability's layout)";
             return Err(Error::file(models, message));
         }
         let mut opened = Vec::new();
-        for folder in folders {
-            let path = folder.canonicalize().map_err(|e| Error::file(&folder, e))?;
-            let id = path
-                .file_name()
-                .map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
+        for place in found {
+            let path = place.canonicalize().map_err(|e| Error::file(&place, e))?;
+            // The name as it was given: a file is often a link to one with another name.
+            let name = if place.is_file() { place.file_stem() } else { path.file_name() };
+            let id = name.map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
             tracing::info!(model = %id, "loading");
-            opened.push(Arc::new(Model::open(id, &folder, placement)?));
+            if opened.iter().any(|m: &Arc<Model>| m.id == id) {
+                let message = format!("there is another checkpoint called '{id}' beside it");
+                return Err(Error::file(&place, message));
+            }
+            opened.push(Arc::new(Model::open(id, &place, placement)?));
         }
         let listed = opened.iter().map(|m| m.info()).collect();
         Ok(Self { models: opened, listed })

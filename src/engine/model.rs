@@ -13,7 +13,7 @@ use crate::diffusion::sdxl_model::SdxlModel;
 use crate::diffusion::solver::SolverKind;
 use crate::nn::device::Placement;
 use crate::rewards::{RewardSet, registry};
-use crate::sdxl::config::read_json;
+use crate::sdxl::folder::OpenOptions;
 use crate::sdxl::lora::Adapters;
 use crate::sdxl::{ClipTokenizer, ModelFolder};
 use crate::{Error, Result};
@@ -42,11 +42,11 @@ impl Model {
     /// # Errors
     /// Names the file that is missing or unusable.
     pub fn open(id: String, path: &Path, placement: &Placement) -> Result<Self> {
-        let folder = ModelFolder::open(path, placement)?;
+        let options = OpenOptions { vae: ModelFolder::vae_of(path) };
+        let folder = ModelFolder::open_with(path, placement, &options)?;
         let tokenizers = folder.tokenizers()?;
-        let scheduler_file = path.join("scheduler/scheduler_config.json");
-        let scheduler: SchedulerConfig = read_json(&scheduler_file)?;
-        scheduler.validate().map_err(|e| Error::file(&scheduler_file, e))?;
+        let scheduler: SchedulerConfig = folder.scheduler()?;
+        scheduler.validate().map_err(|e| Error::file(path, format!("scheduler: {e}")))?;
         if let Some(class) = scheduler.class_without_counterpart() {
             let solver = scheduler.default_solver().name();
             tracing::warn!(model = %id, class, solver, "no such solver here; using another by default");
@@ -59,7 +59,7 @@ impl Model {
             solver: scheduler.default_solver(),
             schedule: NoiseSchedule::new(&scheduler)?,
             rewards: registry::for_model(path)?,
-            adapters: adapter_files(&path.join("adapters"))?,
+            adapters: adapter_files(&ModelFolder::adapters_of(path))?,
             base: SdxlModel::new(Arc::new(folder)),
             adapted: Mutex::default(),
         })

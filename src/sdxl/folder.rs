@@ -1,21 +1,38 @@
-//! A checkpoint in the diffusers folder layout.
+//! A checkpoint: in the diffusers folder layout, or in one file.
 
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::clip_text::ClipText;
-use super::config::{ClipTextConfig, UNetConfig, VaeConfig, read_json};
+use super::config::{ClipTextConfig, UNetConfig, read_json};
 use super::lora::LoraMap;
 use super::lora_names::AdapterNames;
+use super::single_config::Configs;
+use super::single_file::{Networks, SingleFile, parse};
 use super::tokenizer::ClipTokenizer;
 use super::unet::UNet;
 use super::vae::Vae;
+use super::vae_file::VaeSource;
 use super::weights::{Weights, save_component, sha256_of, weight_files};
 use crate::nn::device::Placement;
 use crate::util::write_atomic;
 use crate::{Error, Result};
+
+/// The components and what their weight files are called.
+const PARTS: [(&str, &str); 4] = [
+    ("unet", "diffusion_pytorch_model"),
+    ("vae", "diffusion_pytorch_model"),
+    ("text_encoder", "model"),
+    ("text_encoder_2", "model"),
+];
+const SCHEDULER: &str = "scheduler/scheduler_config.json";
+const INDEX: &str = "model_index.json";
+/// Tokens of CLIP's vocabulary.
+const CLIP_TOKENS: usize = 49408;
 
 #[derive(Clone, Debug, Deserialize)]
 struct ModelIndex {
@@ -27,11 +44,24 @@ fn yes() -> bool {
     true
 }
 
+/// What [`ModelFolder::open_with`] can be asked for.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// A VAE in place of the checkpoint's: a diffusers component folder, or a file in diffusers'
+    /// or Stability's names.
+    pub vae: Option<PathBuf>,
+}
+
 /// The networks of one SDXL checkpoint and where they lie.
 #[derive(Clone, Debug)]
 pub struct ModelFolder {
+    /// The folder or the file.
     pub path: PathBuf,
     device: Device,
+    /// The configurations of a single file.
+    single: Option<Configs>,
+    /// What replaces the checkpoint's VAE.
+    other_vae: Option<VaeSource>,
     /// The null conditioning is zeros (true) or the encoding of "" (false).
     pub force_zeros_for_empty_prompt: bool,
     pub unet_config: UNetConfig,
@@ -62,32 +92,82 @@ impl EncodedText {
     }
 }
 
+/// A checkpoint's parts before the networks are built.
+struct Parts {
+    single: Option<Configs>,
+    force_zeros_for_empty_prompt: bool,
+    networks: Networks,
+    /// U-Net, VAE, the two towers.
+    weights: [Weights; 4],
+}
+
+impl Parts {
+    fn folder(path: &Path, dtypes: [DType; 4], device: &Device) -> Result<Self> {
+        let index: ModelIndex = read_json(&path.join(INDEX))?;
+        let [unet, vae, first, second] = PARTS.map(|(name, _)| name);
+        let networks = Networks {
+            unet: component_config(path, unet)?,
+            vae: component_config(path, vae)?,
+            text: [component_config(path, first)?, component_config(path, second)?],
+        };
+        let read = |i: usize| Weights::from_folder(&path.join(PARTS[i].0), dtypes[i], device);
+        Ok(Self {
+            single: None,
+            force_zeros_for_empty_prompt: index.force_zeros_for_empty_prompt,
+            networks,
+            weights: [read(0)?, read(1)?, read(2)?, read(3)?],
+        })
+    }
+
+    fn file(path: &Path, dtypes: [DType; 4], device: &Device) -> Result<Self> {
+        let SingleFile { configs, networks, weights } = SingleFile::read(path, dtypes, device)?;
+        let index: ModelIndex =
+            parse("model_index", &configs.model_index).map_err(|e| Error::file(path, e))?;
+        let force_zeros_for_empty_prompt = index.force_zeros_for_empty_prompt;
+        Ok(Self { single: Some(configs), force_zeros_for_empty_prompt, networks, weights })
+    }
+}
+
 impl ModelFolder {
-    /// Reads every component but the tokenizers.
+    /// Reads every component but the tokenizers, from a folder in the diffusers layout or from
+    /// one `.safetensors` file in Stability's.
     ///
     /// # Errors
     /// Names the folder or file that is missing or does not fit.
     pub fn open(path: &Path, placement: &Placement) -> Result<Self> {
+        Self::open_with(path, placement, &OpenOptions::default())
+    }
+
+    /// [`Self::open`] with options.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_with(path: &Path, placement: &Placement, options: &OpenOptions) -> Result<Self> {
         let Placement { device, weights: dtype, vae: vae_dtype } = placement;
-        let index: ModelIndex = read_json(&path.join("model_index.json"))?;
-        let unet_config: UNetConfig = component_config(path, "unet")?;
-        let unet_weights = Weights::from_folder(&path.join("unet"), *dtype, device)?;
-        let unet = unet_weights.build(None, |scope| UNet::load(scope, &unet_config))?;
-        let vae_config: VaeConfig = component_config(path, "vae")?;
+        let dtypes = [*dtype, *vae_dtype, *dtype, *dtype];
+        let mut parts = if path.is_file() {
+            Parts::file(path, dtypes, device)?
+        } else {
+            Parts::folder(path, dtypes, device)?
+        };
+        let read = |other: &PathBuf| VaeSource::read(other, *vae_dtype, device);
+        let other_vae = options.vae.as_ref().map(read).transpose()?;
+        if let Some(other) = &other_vae {
+            parts.networks.vae = other.config.clone();
+            parts.weights[1] = other.weights.clone();
+        }
+        let Networks { unet: unet_config, vae: vae_config, text } = parts.networks;
         if *vae_dtype == DType::F16 && vae_config.force_upcast {
             let message = "this VAE overflows in f16 (force_upcast): expected f32 or bf16";
             return Err(Error::invalid("vae_dtype", message));
         }
-        let vae_weights = Weights::from_folder(&path.join("vae"), *vae_dtype, device)?;
+        let [unet_weights, vae_weights, weights_1, weights_2] = parts.weights;
+        let unet = unet_weights.build(None, |scope| UNet::load(scope, &unet_config))?;
         let vae = vae_weights.build(None, |scope| Vae::load(scope, &vae_config))?;
-        let tower = |name: &str| -> Result<(Weights, ClipText)> {
-            let config: ClipTextConfig = component_config(path, name)?;
-            let weights = Weights::from_folder(&path.join(name), *dtype, device)?;
-            let tower = weights.build(None, |scope| ClipText::load(scope, &config))?;
-            Ok((weights, tower))
+        let tower = |weights: &Weights, config: &ClipTextConfig| {
+            weights.build(None, |scope| ClipText::load(scope, config))
         };
-        let ((weights_1, text_1), (weights_2, text_2)) =
-            (tower("text_encoder")?, tower("text_encoder_2")?);
+        let (text_1, text_2) = (tower(&weights_1, &text[0])?, tower(&weights_2, &text[1])?);
         let width = text_1.config().hidden_size + text_2.config().hidden_size;
         if width != unet_config.cross_attention_dim {
             let message = format!(
@@ -105,7 +185,9 @@ impl ModelFolder {
         Ok(Self {
             path: path.to_path_buf(),
             device: device.clone(),
-            force_zeros_for_empty_prompt: index.force_zeros_for_empty_prompt,
+            single: parts.single,
+            other_vae,
+            force_zeros_for_empty_prompt: parts.force_zeros_for_empty_prompt,
             unet_config,
             unet_weights,
             vae_weights,
@@ -117,7 +199,75 @@ impl ModelFolder {
         })
     }
 
-    /// Writes this checkpoint in the same layout, weights in `dtype`, in files
+    /// U-Net, VAE and the two towers.
+    pub(super) fn weights(&self) -> [&Weights; 4] {
+        let [first, second] = &self.text_weights;
+        [&self.unet_weights, &self.vae_weights, first, second]
+    }
+
+    /// The configuration files, of whatever layout.
+    pub(super) fn configs(&self) -> Result<Configs> {
+        let mut configs = match &self.single {
+            Some(configs) => configs.clone(),
+            None => {
+                let [unet, vae, text_encoder, text_encoder_2] =
+                    PARTS.map(|(name, _)| component_config(&self.path, name));
+                Configs {
+                    unet: unet?,
+                    vae: vae?,
+                    text_encoder: text_encoder?,
+                    text_encoder_2: text_encoder_2?,
+                    scheduler: read_json(&self.path.join(SCHEDULER))?,
+                    model_index: read_json(&self.path.join(INDEX))?,
+                }
+            }
+        };
+        if let Some(other) = &self.other_vae {
+            configs.vae = other.json.clone();
+        }
+        Ok(configs)
+    }
+
+    /// The folder with the adapters of the checkpoint at `path`: `adapters` in a folder,
+    /// `NAME.adapters` beside `NAME.safetensors`.
+    pub fn adapters_of(path: &Path) -> PathBuf {
+        if path.is_file() { path.with_extension("adapters") } else { path.join("adapters") }
+    }
+
+    /// The VAE that replaces the own one of the checkpoint at `path`, where there is one:
+    /// `vae.safetensors` in a folder, `NAME.vae.safetensors` beside `NAME.safetensors`.
+    pub fn vae_of(path: &Path) -> Option<PathBuf> {
+        let file = if path.is_file() {
+            path.with_extension("vae.safetensors")
+        } else {
+            path.join("vae.safetensors")
+        };
+        file.is_file().then_some(file)
+    }
+
+    /// Whether a checkpoint seems to lie at `path`: a folder with a `model_index.json`, or a
+    /// `.safetensors` file that is no VAE beside one.
+    pub fn is_at(path: &Path) -> bool {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+        let named =
+            name.is_some_and(|n| n.ends_with(".safetensors") && !n.ends_with(".vae.safetensors"));
+        path.join(INDEX).is_file() || (named && path.is_file())
+    }
+
+    /// The scheduler's configuration.
+    ///
+    /// # Errors
+    /// Names the file and the field that is missing or wrong.
+    pub fn scheduler<T: DeserializeOwned>(&self) -> Result<T> {
+        match &self.single {
+            Some(configs) => {
+                parse("scheduler", &configs.scheduler).map_err(|e| Error::file(&self.path, e))
+            }
+            None => read_json(&self.path.join(SCHEDULER)),
+        }
+    }
+
+    /// Writes this checkpoint in the folder layout, weights in `dtype`, in files
     /// of at most `shard_bytes` (an index beside them where one is not enough).
     ///
     /// # Errors
@@ -138,12 +288,20 @@ impl ModelFolder {
                 }
             }
         }
-        for (name, stem, weights) in [
-            ("unet", "diffusion_pytorch_model", &self.unet_weights),
-            ("vae", "diffusion_pytorch_model", &self.vae_weights),
-            ("text_encoder", "model", &self.text_weights[0]),
-            ("text_encoder_2", "model", &self.text_weights[1]),
-        ] {
+        let write_json = |name: &str, value: &Value| {
+            write_atomic(&out.join(name), format!("{value:#}\n").as_bytes())
+        };
+        // Files of a folder are copied as they are; what has no file is written anew.
+        let config = |name: &str, value: fn(&Configs) -> &Value| match &self.single {
+            Some(configs) => write_json(name, value(configs)),
+            None => copy(&self.path.join(name), &out.join(name)),
+        };
+        if let Some(configs) = &self.single {
+            write_json(SCHEDULER, &configs.scheduler)?;
+        }
+        let values: [fn(&Configs) -> &Value; 4] =
+            [|c| &c.unet, |c| &c.vae, |c| &c.text_encoder, |c| &c.text_encoder_2];
+        for (i, ((name, stem), weights)) in PARTS.into_iter().zip(self.weights()).enumerate() {
             let tensors = weights
                 .tensors()
                 .iter()
@@ -154,21 +312,43 @@ impl ModelFolder {
                     ))
                 })
                 .collect::<Result<_>>()?;
-            copy(&self.path.join(name).join("config.json"), &out.join(name).join("config.json"))?;
+            let file = format!("{name}/config.json");
+            match &self.other_vae {
+                Some(other) if name == "vae" => write_json(&file, &other.json)?,
+                _ => config(&file, values[i])?,
+            }
             save_component(&out.join(name), stem, &tensors, shard_bytes)?;
         }
         // Last, so that an interrupted copy is not taken for a checkpoint.
-        copy(&self.path.join("model_index.json"), &out.join("model_index.json"))
+        config(INDEX, |c| &c.model_index)
     }
 
+    /// The towers' tokenizers: the folder's, or CLIP's own where there are none and the towers
+    /// have its vocabulary.
+    ///
+    /// # Errors
+    /// Names the file that is missing or wrong.
     pub fn tokenizers(&self) -> Result<[ClipTokenizer; 2]> {
-        let read = |name: &str, tower: &ClipText| {
-            let limit = tower.config().max_position_embeddings;
-            let tokenizer = ClipTokenizer::from_folder(&self.path.join(name))?;
+        let read = |name: &str, pad: &str, tower: &ClipText| {
+            let (limit, tokens) =
+                (tower.config().max_position_embeddings, tower.config().vocab_size);
+            let folder = self.path.join(name);
+            let tokenizer = if self.single.is_none() && (folder.is_dir() || tokens != CLIP_TOKENS) {
+                ClipTokenizer::from_folder(&folder)?
+            } else if tokens == CLIP_TOKENS {
+                ClipTokenizer::open_ai(pad)?
+            } else {
+                let message = format!(
+                    "the text towers know {tokens} tokens, and a single file has no tokenizer; \
+                     only CLIP's, of {CLIP_TOKENS} tokens, is built in"
+                );
+                return Err(Error::file(&self.path, message));
+            };
             let length = tokenizer.max_length().min(limit);
             Ok::<_, Error>(tokenizer.with_max_length(length))
         };
-        Ok([read("tokenizer", &self.text_1)?, read("tokenizer_2", &self.text_2)?])
+        let (first, second) = (&self.text_1, &self.text_2);
+        Ok([read("tokenizer", "<|endoftext|>", first)?, read("tokenizer_2", "!", second)?])
     }
 
     /// What adapter files call this checkpoint's modules.
@@ -214,13 +394,20 @@ impl ModelFolder {
     /// SHA-256 over all weight files, in name order of their components.
     pub fn sha256(&self) -> Result<String> {
         let mut files = Vec::new();
-        for component in ["text_encoder", "text_encoder_2", "unet", "vae"] {
-            files.extend(weight_files(&self.path.join(component))?);
+        if self.single.is_some() {
+            files.push(self.path.clone());
+        } else {
+            for component in ["text_encoder", "text_encoder_2", "unet", "vae"] {
+                if component != "vae" || self.other_vae.is_none() {
+                    files.extend(weight_files(&self.path.join(component))?);
+                }
+            }
         }
+        files.extend(self.other_vae.iter().flat_map(|other| other.files.clone()));
         sha256_of(&files)
     }
 }
 
-fn component_config<T: serde::de::DeserializeOwned>(path: &Path, component: &str) -> Result<T> {
+fn component_config<T: DeserializeOwned>(path: &Path, component: &str) -> Result<T> {
     read_json(&path.join(component).join("config.json"))
 }

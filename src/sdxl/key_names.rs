@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use super::config::{UNetConfig, VaeConfig};
+use super::config::UNetConfig;
 
 /// Pairs of prefixes, ours and theirs; a name takes the longest that ends at a dot.
 #[derive(Clone, Debug, Default)]
@@ -123,4 +123,85 @@ pub fn unet(config: &UNetConfig) -> NameMap {
     pairs.push(("mid_block.attentions.0".into(), "middle_block.1".into()));
     pairs.extend(resamplers);
     NameMap::new(pairs)
+}
+
+const VAE_HALF: [(&str, &str); 10] = [
+    ("conv_in", "conv_in"),
+    ("conv_out", "conv_out"),
+    ("conv_norm_out", "norm_out"),
+    ("mid_block.resnets.0", "mid.block_1"),
+    ("mid_block.resnets.1", "mid.block_2"),
+    ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
+    ("mid_block.attentions.0.to_q", "mid.attn_1.q"),
+    ("mid_block.attentions.0.to_k", "mid.attn_1.k"),
+    ("mid_block.attentions.0.to_v", "mid.attn_1.v"),
+    ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
+];
+
+/// The modules of a VAE of this many levels and layers. Stability's decoder counts its levels
+/// from the image's side.
+pub fn vae(levels: usize, layers: usize) -> NameMap {
+    let mut pairs: Vec<(String, String)> =
+        ["quant_conv", "post_quant_conv"].map(|name| (name.to_owned(), name.to_owned())).into();
+    for half in ["encoder", "decoder"] {
+        pairs.extend(below(half.to_owned(), half.to_owned(), &VAE_HALF));
+    }
+    for level in 0..levels {
+        let (down, up) =
+            (format!("encoder.down_blocks.{level}"), format!("decoder.up_blocks.{level}"));
+        let (their_down, their_up) =
+            (format!("encoder.down.{level}"), format!("decoder.up.{}", levels - 1 - level));
+        for (ours, theirs, count) in [(&down, &their_down, layers), (&up, &their_up, layers + 1)] {
+            for layer in 0..count {
+                let (ours, theirs) =
+                    (format!("{ours}.resnets.{layer}"), format!("{theirs}.block.{layer}"));
+                let shortcut = (format!("{ours}.conv_shortcut"), format!("{theirs}.nin_shortcut"));
+                pairs.extend([shortcut, (ours, theirs)]);
+            }
+        }
+        pairs
+            .push((format!("{down}.downsamplers.0.conv"), format!("{their_down}.downsample.conv")));
+        pairs.push((format!("{up}.upsamplers.0.conv"), format!("{their_up}.upsample.conv")));
+    }
+    NameMap::new(pairs)
+}
+
+/// The first text tower, which keeps transformers' names.
+pub fn clip() -> NameMap {
+    NameMap::new([("text_model".to_owned(), "text_model".to_owned())])
+}
+
+const OPEN_CLIP: [(&str, &str); 4] = [
+    ("text_model.embeddings.token_embedding", "token_embedding"),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.final_layer_norm", "ln_final"),
+    ("text_projection.weight", "text_projection"),
+];
+const OPEN_CLIP_LAYER: [(&str, &str); 5] = [
+    ("layer_norm1", "ln_1"),
+    ("layer_norm2", "ln_2"),
+    ("self_attn.out_proj", "attn.out_proj"),
+    ("mlp.fc1", "mlp.c_fc"),
+    ("mlp.fc2", "mlp.c_proj"),
+];
+/// Query, key and value projections are one tensor in OpenCLIP, in this order.
+pub const FUSED: [&str; 3] = ["q_proj", "k_proj", "v_proj"];
+
+/// The second text tower, in OpenCLIP's names.
+pub fn open_clip(layers: usize) -> NameMap {
+    let mut pairs: Vec<(String, String)> =
+        OPEN_CLIP.map(|(ours, theirs)| (ours.to_owned(), theirs.to_owned())).into();
+    let mut parts = Vec::new();
+    for i in 0..layers {
+        let (ours, theirs) =
+            (format!("text_model.encoder.layers.{i}"), format!("transformer.resblocks.{i}"));
+        for part in FUSED {
+            for kind in ["weight", "bias"] {
+                let part = format!("{ours}.self_attn.{part}.{kind}");
+                parts.push((part, format!("{theirs}.attn.in_proj_{kind}")));
+            }
+        }
+        pairs.extend(below(ours, theirs, &OPEN_CLIP_LAYER));
+    }
+    NameMap::new(pairs).with_parts(parts)
 }

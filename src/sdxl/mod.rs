@@ -12,14 +12,18 @@ pub mod lora;
 pub mod lora_names;
 mod lora_peft;
 mod lora_write;
+mod open_ai_words;
 pub mod plan;
 mod resnet;
+pub mod single_config;
+pub mod single_file;
 pub mod tensor_file;
 pub mod tokenizer;
 pub mod transformer;
 pub mod unet;
 mod unet_blocks;
 pub mod vae;
+mod vae_file;
 pub mod vae_tiling;
 pub mod weights;
 

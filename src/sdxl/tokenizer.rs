@@ -13,6 +13,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
 use super::config::read_json;
+use super::open_ai_words::OpenAiWords;
 use crate::{Error, Result};
 
 const START: &str = "<|startoftext|>";
@@ -32,14 +33,32 @@ struct TokenizerConfig {
 /// Text → a row of exactly `max_length` token ids: start, words, end, padding.
 #[derive(Clone, Debug)]
 pub struct ClipTokenizer {
-    inner: Tokenizer,
+    words: Words,
     start: u32,
     end: u32,
     pad: u32,
     max_length: usize,
 }
 
+/// Text → the ids of its words.
+#[derive(Clone, Debug)]
+enum Words {
+    Read(Box<Tokenizer>),
+    OpenAi(OpenAiWords),
+}
+
 impl ClipTokenizer {
+    /// CLIP's own vocabulary, which both towers of SDXL share. `pad` is `<|endoftext|>` for the
+    /// first tower and `!` for the second.
+    ///
+    /// # Errors
+    /// When `pad` is no token of the vocabulary.
+    pub fn open_ai(pad: &str) -> Result<Self> {
+        let words = OpenAiWords::new([START, END, pad])?;
+        let [start, end, pad] = words.special();
+        Ok(Self { words: Words::OpenAi(words), start, end, pad, max_length: 77 })
+    }
+
     /// Reads `tokenizer.json`, or `vocab.json` and `merges.txt`, and the
     /// padding token and length from `tokenizer_config.json`.
     ///
@@ -78,7 +97,8 @@ impl ClipTokenizer {
             Some(n) if (2.0..=100_000.0).contains(&n) => n as usize,
             _ => 77,
         };
-        Ok(Self { start: id(START)?, end: id(END)?, pad: id(pad)?, max_length, inner })
+        let (start, end, pad) = (id(START)?, id(END)?, id(pad)?);
+        Ok(Self { start, end, pad, max_length, words: Words::Read(Box::new(inner)) })
     }
 
     pub fn max_length(&self) -> usize {
@@ -94,12 +114,16 @@ impl ClipTokenizer {
     /// # Errors
     /// When the tokenizer itself fails on the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode_fast(text, false)
-            .map_err(|e| Error::invalid("prompt", format!("cannot be tokenized: {e}")))?;
-        let words = encoding.get_ids().iter().take(self.max_length - 2);
-        let mut ids: Vec<u32> = std::iter::once(self.start).chain(words.copied()).collect();
+        let failed =
+            |e: tokenizers::Error| Error::invalid("prompt", format!("cannot be tokenized: {e}"));
+        let words = match &self.words {
+            Words::Read(inner) => {
+                inner.encode_fast(text, false).map_err(failed)?.get_ids().to_vec()
+            }
+            Words::OpenAi(words) => words.ids(text).map_err(failed)?,
+        };
+        let words = words.into_iter().take(self.max_length - 2);
+        let mut ids: Vec<u32> = std::iter::once(self.start).chain(words).collect();
         ids.push(self.end);
         ids.resize(self.max_length, self.pad);
         Ok(ids)
@@ -116,16 +140,7 @@ fn from_files(vocab: &Path, merges: &Path) -> Result<Tokenizer> {
         .build()
         .map_err(bad)?;
     let mut tokenizer = Tokenizer::new(bpe);
-    let spaces =
-        normalizers::Replace::new(normalizers::replace::ReplacePattern::Regex(r"\s+".into()), " ")
-            .map_err(bad)?;
-    tokenizer
-        .with_normalizer(Some(normalizers::Sequence::new(vec![
-            NormalizerWrapper::NFC(normalizers::NFC),
-            NormalizerWrapper::Replace(spaces),
-            NormalizerWrapper::Lowercase(normalizers::Lowercase),
-        ])))
-        .map_err(bad)?;
+    tokenizer.with_normalizer(Some(normalizer().map_err(bad)?)).map_err(bad)?;
     let words =
         Split::new(SplitPattern::Regex(WORDS.into()), SplitDelimiterBehavior::Removed, true)
             .map_err(bad)?;
@@ -134,4 +149,14 @@ fn from_files(vocab: &Path, merges: &Path) -> Result<Tokenizer> {
         PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, true)),
     ])));
     Ok(tokenizer)
+}
+
+/// NFC, spaces joined, lower case: what CLIP's tokenizer does to a text first.
+pub(super) fn normalizer() -> tokenizers::Result<normalizers::Sequence> {
+    let spaces = normalizers::replace::ReplacePattern::Regex(r"\s+".into());
+    Ok(normalizers::Sequence::new(vec![
+        NormalizerWrapper::NFC(normalizers::NFC),
+        NormalizerWrapper::Replace(normalizers::Replace::new(spaces, " ")?),
+        NormalizerWrapper::Lowercase(normalizers::Lowercase),
+    ]))
 }

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 
 use super::config::read_json;
 use super::lora::LoraMap;
+use super::single_file::FileNames;
 use super::tensor_file::{self, Entry};
 use crate::nn::conv::Padding;
 use crate::nn::device::computed;
@@ -28,6 +29,8 @@ pub struct Weights {
     computed: Option<DType>,
     /// Where they came from, for messages.
     source: PathBuf,
+    /// What they are called there, where that differs from our names.
+    names: Option<Arc<FileNames>>,
 }
 
 #[derive(Deserialize)]
@@ -37,7 +40,7 @@ struct ShardIndex {
 
 impl Weights {
     pub fn new(tensors: HashMap<String, Tensor>, source: impl Into<PathBuf>) -> Self {
-        Self { tensors: Arc::new(tensors), computed: None, source: source.into() }
+        Self { tensors: Arc::new(tensors), computed: None, source: source.into(), names: None }
     }
 
     /// The same weights for networks that compute in `dtype`: such as f32 weights in training,
@@ -45,6 +48,15 @@ impl Weights {
     #[must_use]
     pub fn computing_in(self, dtype: DType) -> Self {
         Self { computed: Some(dtype), ..self }
+    }
+
+    /// Says in messages what the tensors are called in their file.
+    pub fn named(self, names: FileNames) -> Self {
+        Self { names: Some(Arc::new(names)), ..self }
+    }
+
+    fn shown(&self, name: &str) -> String {
+        self.names.as_ref().map_or_else(|| name.to_owned(), |names| names.in_file(name))
     }
 
     /// Reads the weights of a component folder: `diffusion_pytorch_model` or
@@ -115,7 +127,7 @@ impl Weights {
         // A configuration that cannot be built says why; nothing has asked for tensors then.
         let made = make(&scope)?;
         let report = report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let lists = report.lists(&self.tensors, lora);
+        let lists = report.lists(self, lora);
         if lists.is_empty() {
             return Ok(made);
         }
@@ -132,7 +144,7 @@ impl Weights {
 }
 
 /// Tensors that hold no weight and that some writers include.
-fn is_buffer(name: &str) -> bool {
+pub(super) fn is_buffer(name: &str) -> bool {
     name.ends_with("position_ids")
 }
 
@@ -145,13 +157,9 @@ struct Report {
 }
 
 impl Report {
-    fn lists(
-        &self,
-        tensors: &HashMap<String, Tensor>,
-        lora: Option<&LoraMap>,
-    ) -> Vec<(&'static str, Vec<String>)> {
-        let mut extra: Vec<String> =
-            tensors.keys().filter(|k| !self.used.contains(*k) && !is_buffer(k)).cloned().collect();
+    fn lists(&self, weights: &Weights, lora: Option<&LoraMap>) -> Vec<(&'static str, Vec<String>)> {
+        let unused = weights.tensors.keys().filter(|k| !self.used.contains(*k) && !is_buffer(k));
+        let mut extra: Vec<String> = unused.map(|k| weights.shown(k)).collect();
         extra.sort();
         let mut unmatched: Vec<String> = lora
             .into_iter()
@@ -216,16 +224,16 @@ impl Scope {
         let full = self.at(name).prefix;
         let mut report = self.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         report.used.insert(full.clone());
+        let shown = || self.weights.shown(&full);
         match self.weights.tensors.get(&full) {
             Some(tensor) if tensor.dims() == shape => Ok(tensor.clone()),
             Some(tensor) => {
-                report
-                    .misshaped
-                    .push(format!("{full} (expected {shape:?}, got {:?})", tensor.dims()));
+                let got = tensor.dims();
+                report.misshaped.push(format!("{} (expected {shape:?}, got {got:?})", shown()));
                 Ok(Tensor::zeros(shape, tensor.dtype(), tensor.device())?)
             }
             None => {
-                report.missing.push(format!("{full} {shape:?}"));
+                report.missing.push(format!("{} {shape:?}", shown()));
                 Ok(Tensor::zeros(shape, self.computed(), &Device::Cpu)?)
             }
         }
@@ -354,7 +362,8 @@ pub fn load(path: &Path, dtype: DType, device: &Device) -> Result<HashMap<String
     names.iter().map(read).collect()
 }
 
-fn place(tensor: Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+/// A tensor as it is to lie on its device, see [`load`].
+pub(super) fn place(tensor: Tensor, dtype: DType) -> candle_core::Result<Tensor> {
     let tensor = if tensor.dtype().is_float() { tensor.to_dtype(dtype)? } else { tensor };
     if tensor.rank() != 4 || tensor.device().is_cpu() {
         return Ok(tensor);
