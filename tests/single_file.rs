@@ -313,7 +313,10 @@ fn another_vae_takes_the_place_of_the_own_one() {
     let error = with(&written(dir.path(), "lacking", &lacking)).unwrap_err().to_string();
     assert_names(&error, &["lacking.safetensors", "missing", key]);
     let adapter = fixtures().join("lora/kohya.safetensors");
-    assert_names(&with(&adapter).unwrap_err().to_string(), &["kohya.safetensors", "no tensor of a VAE"]);
+    assert_names(
+        &with(&adapter).unwrap_err().to_string(),
+        &["kohya.safetensors", "no tensor of a VAE"],
+    );
 }
 
 /// `NAME.safetensors`, `NAME.vae.safetensors` and `NAME.adapters` in a folder of models.
