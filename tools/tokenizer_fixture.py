@@ -38,7 +38,7 @@ OTHERS = [
 
 
 def marker(token):
-    """As SDXL's tokenizer_config.json has it."""
+    """As SDXL's tokenizer_config.json has them: found in a normalised text, so in any case."""
     return {"__type": "AddedToken", "content": token, "lstrip": False, "normalized": True, "rstrip": False,
             "single_word": False}
 
@@ -65,7 +65,7 @@ def main():
         rules.write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
         for pad in ("<|endoftext|>", "!"):
             (Path(folder) / "tokenizer_config.json").write_text(json.dumps(
-                {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad,
+                {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": marker(pad),
                  "bos_token": marker("<|startoftext|>"), "eos_token": marker("<|endoftext|>"),
                  "unk_token": marker("<|endoftext|>")}))
             tokenizer = CLIPTokenizer.from_pretrained(folder)

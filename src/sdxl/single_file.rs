@@ -88,10 +88,10 @@ impl FileNames {
             return FUSED.iter().enumerate().map(part).collect::<Result<_>>().map(Some);
         }
         let Some(name) = self.names.ours(rest) else { return Ok(None) };
-        let tensor = match tensor.dims() {
-            &[from, to] if name == "text_projection.weight" => tensor.t()?.reshape((to, from))?,
+        let tensor = match *tensor.dims() {
+            [_, _] if name == "text_projection.weight" => tensor.t()?.contiguous()?,
             // Stability's VAE has convolutions where diffusers' has linear layers.
-            &[out, into, 1, 1] if is_vae_attention(&name) => tensor.reshape((out, into))?,
+            [out, into, 1, 1] if is_vae_attention(&name) => tensor.reshape((out, into))?,
             _ => tensor.clone(),
         };
         Ok(Some(vec![(name, tensor)]))
