@@ -50,10 +50,15 @@ const Kernel* find(bool foreign, const std::string& name) {
     return found == registry(foreign).end() ? nullptr : &found->second;
 }
 
-// Whether a module is foreign: then some of its entries are not ours. A fatbin
-// without readable text, and so without entries, is ours.
+// Whether the names of a module's entries are rather those of foreign kernels.
+// A fatbin without readable text is ours.
 bool is_foreign(const PtxEntries& entries) {
-    return std::any_of(entries.begin(), entries.end(), [](const auto& entry) { return !find(false, entry.first); });
+    size_t ours = 0, others = 0;
+    for (const auto& entry : entries) {
+        ours += find(false, entry.first) != nullptr;
+        others += find(true, entry.first) != nullptr;
+    }
+    return others > ours;
 }
 
 // The emulated kernel takes what the image's entry takes.
@@ -236,6 +241,9 @@ CUresult CUDAAPI cuModuleGetFunction(CUfunction* function, CUmodule module, cons
     std::unique_ptr<CUfunc_st>& slot = module->functions[name];
     if (!slot) {
         const Kernel* kernel = find(module->foreign, name);
+        if (!kernel && module->kind != Image::FatbinWithoutText) {
+            kernel = find(!module->foreign, name);
+        }
         const auto entry = module->entries.find(name);
         const bool readable = module->kind != Image::FatbinWithoutText;
         if (readable ? entry == module->entries.end() : !kernel) {
