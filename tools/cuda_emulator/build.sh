@@ -85,7 +85,7 @@ for name in emulator warp; do
   compile "$name" "$here/$name.cpp" "${device[@]}"
   linked+=("$objects/$name.o")
 done
-for name in context copies image memory modules report; do
+for name in context copies cubin image memory modules report; do
   compile "$name" "$here/driver/$name.cpp" "${host[@]}"
   linked+=("$objects/$name.o")
 done
