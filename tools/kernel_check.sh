@@ -48,15 +48,15 @@ for part in emulator warp; do
     "$CXX" "${flags[@]}" -c "tools/cuda_emulator/$part.cpp" -o "$BUILD_DIR/$part.o"
 done
 
-for name in "${tests[@]}"; do
+# run NAME INPUT...: the test NAME, from its source and INPUT
+run() {
+    local name=$1 program="$BUILD_DIR/test_$1" status=0 output
+    shift
     echo "== $name"
-    program="$BUILD_DIR/test_$name"
-    if ! "$CXX" "${flags[@]}" "tools/cuda_emulator/test_$name.cpp" "$BUILD_DIR/emulator.o" \
-        "$BUILD_DIR/warp.o" -o "$program"; then
+    if ! "$CXX" "${flags[@]}" "tools/cuda_emulator/test_$name.cpp" "$@" -o "$program"; then
         note 1 "test_$name does not compile"
-        continue
+        return
     fi
-    status=0
     output=$("$program") || status=$?
     echo "$output"
     if [[ ${output##*$'\n'} =~ ^([0-9]+)\ passed,\ ([0-9]+)\ failed$ ]]; then
@@ -66,7 +66,13 @@ for name in "${tests[@]}"; do
     else
         note 1 "test_$name ended early, with $status"
     fi
+}
+
+for name in "${tests[@]}"; do
+    run "$name" "$BUILD_DIR/emulator.o" "$BUILD_DIR/warp.o"
 done
+# As on processors other than x86-64.
+run emulator -DDS_EMULATOR_UCONTEXT tools/cuda_emulator/{emulator,warp}.cpp
 
 nvcc="$CUDA_HOME/bin/nvcc"
 if [ -x "$nvcc" ]; then

@@ -3,7 +3,9 @@
 # libcurand, libcudart, libcudnn, libnvrtc) and execute on the CPU, so that
 # programs with the feature cuda link and run on a machine without a GPU.
 #
-# usage: tools/cuda_emulator/build.sh OUT_DIR
+# usage: tools/cuda_emulator/build.sh OUT_DIR [--test]
+#
+# --test runs the tests of the libraries afterwards.
 #
 # Needs g++ 12 or later, python3, the toolkit's headers in $CUDA_HOME/include,
 # and candle-kernels' sources in cargo's registry (`cargo fetch`). OUT_DIR is
@@ -12,7 +14,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-out=${1:?"usage: $0 OUT_DIR"}
+out=${1:?"usage: $0 OUT_DIR [--test]"}
 headers=${CUDA_HOME:?"set CUDA_HOME: the toolkit's headers are needed"}/include
 [[ -f $headers/cuda.h ]] || {
   echo "no cuda.h in $headers" >&2
@@ -34,19 +36,21 @@ base=(-std=c++17 -fPIC -fvisibility=hidden -pthread -I "$here" -I "$headers" -I 
 device=("${base[@]}" -O2 -ffp-contract=off -fno-strict-aliasing -w -DDS_EMULATED)
 host=("${base[@]}" -O3 -march=native -Wall -Wextra)
 
-# compile OBJECT SOURCE OPTIONS...: unless the object is newer than all it is made of.
+# compile OBJECT SOURCE OPTIONS...: unless the object is newer than all it is made of,
+# and was made in this way.
 compile() {
   local object=$objects/$1.o source=$2
   shift 2
-  if [[ -f $object && -f $object.d ]]; then
+  if [[ -f $object && -f $object.d && $(cat "$object.made" 2>/dev/null) == "$compiler $*" ]]; then
     local made_of
     made_of=$(sed -e 's/^[^:]*://' -e 's/\\$//' "$object.d")
     # shellcheck disable=SC2086 # a list of paths without blanks
-    [[ -n $(find $made_of "$here/build.sh" -newer "$object" 2>&1) ]] || return 0
+    [[ -n $(find $made_of -newer "$object" 2>&1) ]] || return 0
   fi
   echo "compiling $source"
   "$compiler" "$@" -MMD -MF "$object.d" -c "$source" -o "$object.new"
   mv "$object.new" "$object"
+  echo "$compiler $*" >"$object.made"
 }
 
 # kernels ours|foreign SOURCE: the source with a table of its kernels.
@@ -81,20 +85,29 @@ for name in emulator warp; do
   compile "$name" "$here/$name.cpp" "${device[@]}"
   linked+=("$objects/$name.o")
 done
-for name in context copies image memory modules report; do
+for name in context copies cubin image memory modules report; do
   compile "$name" "$here/driver/$name.cpp" "${host[@]}"
   linked+=("$objects/$name.o")
 done
-for name in products cublas cublaslt curand cudart nvrtc; do
+for name in products convolutions cublas cublaslt cudnn curand cudart nvrtc; do
   compile "$name" "$here/driver/$name.cpp" "${host[@]}"
 done
 
 library cuda 1 "${linked[@]}"
 library cublas 13 "$objects/cublas.o" "$objects/products.o" "$out/libcuda.so.1"
 library cublasLt 13 "$objects/cublaslt.o"
+library cudnn 9 "$objects/cudnn.o" "$objects/convolutions.o" "$objects/products.o" "$out/libcuda.so.1"
 library curand 10 "$objects/curand.o" "$out/libcuda.so.1"
 library cudart 13 "$objects/cudart.o" "$out/libcuda.so.1"
 library nvrtc 13 "$objects/nvrtc.o"
+
+if [[ ${2:-} == --test ]]; then
+  for name in test_driver test_libraries; do
+    compile "$name" "$here/driver/$name.cpp" "${base[@]}" -O1 -Wall -Wextra
+    "$compiler" -o "$out/$name" "$objects/$name.o" -L "$out" -lcuda -lcublas -lcudnn -lcurand
+    LD_LIBRARY_PATH=$out "$out/$name"
+  done
+fi
 
 cat <<END
 built in $out

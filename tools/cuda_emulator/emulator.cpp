@@ -1,114 +1,14 @@
-// Fibers, their scheduler and the rendezvous of emulator.h.
+// The scheduler of a block's threads and their rendezvous, and launches.
 #include "emulator.h"
-
-#include <sys/mman.h>
-#include <unistd.h>
+#include "fiber.h"
 
 #include <atomic>
 #include <cstdarg>
 #include <memory>
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-
 namespace emulator {
 
 thread_local Thread* current;
-
-// --- Fibers ---------------------------------------------------------------------------------
-
-namespace {
-
-constexpr size_t STACK = 128 * 1024;
-
-size_t page_size() {
-    static const size_t size = size_t(sysconf(_SC_PAGESIZE));
-    return size;
-}
-
-size_t round_to_pages(size_t bytes) { return (bytes + page_size() - 1) / page_size() * page_size(); }
-
-// Memory between two pages that fault; the first of them is what it returns.
-unsigned char* map_guarded(size_t bytes) {
-    size_t page = page_size();
-    void* all = mmap(nullptr, bytes + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (all == MAP_FAILED) fail("out of memory");
-    auto* first = static_cast<unsigned char*>(all);
-    if (mprotect(first + page, bytes, PROT_READ | PROT_WRITE)) fail("out of memory");
-    return first;
-}
-
-}  // namespace
-
-#if defined(__x86_64__)
-
-// Saves the registers that calls preserve, and continues on another stack.
-extern "C" void ds_emulator_switch(void** from, void* to);
-asm(R"(
-    .text
-    .globl ds_emulator_switch
-    .hidden ds_emulator_switch
-    .type ds_emulator_switch, @function
-ds_emulator_switch:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    ret
-    .size ds_emulator_switch, .-ds_emulator_switch
-)");
-
-struct Context {
-    void* stack = nullptr;
-
-    void prepare(unsigned char* low, size_t bytes, void (*entry)()) {
-        auto* top = reinterpret_cast<void**>(low + bytes);
-        // What `ret` leaves is aligned as after a call.
-        *--top = nullptr;
-        *--top = reinterpret_cast<void*>(entry);
-        for (int i = 0; i < 6; i++) *--top = nullptr;
-        stack = top;
-    }
-    void switch_to(Context& to) { ds_emulator_switch(&stack, to.stack); }
-};
-
-#else
-
-struct Context {
-    ucontext_t context;
-
-    void prepare(unsigned char* low, size_t bytes, void (*entry)()) {
-        getcontext(&context);
-        context.uc_stack.ss_sp = low;
-        context.uc_stack.ss_size = bytes;
-        context.uc_link = nullptr;
-        makecontext(&context, entry, 0);
-    }
-    void switch_to(Context& to) { swapcontext(&context, &to.context); }
-};
-
-#endif
-
-struct Fiber {
-    Context context;
-    unsigned char* mapping;
-
-    explicit Fiber(void (*entry)()) : mapping(map_guarded(STACK)) {
-        context.prepare(mapping + page_size(), STACK, entry);
-    }
-    ~Fiber() { munmap(mapping, STACK + 2 * page_size()); }
-};
 
 // --- One block ------------------------------------------------------------------------------
 
@@ -151,6 +51,8 @@ struct Worker {
     void run(uint3 index, dim3 grid, dim3 size, size_t shared_bytes);
     void prepare(uint3 index, dim3 grid, dim3 size, size_t shared_bytes);
     void arrange();
+    unsigned next_group(unsigned begin) const;
+    bool run_group(unsigned begin, unsigned end);
     Thread* take_fresh();
     void start_fiber();
     void suspend(State state);
@@ -240,21 +142,41 @@ void Worker::run(uint3 index, dim3 grid, dim3 size, size_t shared_bytes) {
     prepare(index, grid, size, shared_bytes);
     while (done < block.threads) {
         bool progress = false;
-        for (unsigned i = 0; i < block.threads && done < block.threads; i++) {
-            Thread& thread = threads[order[i]];
-            if (thread.state == State::Fresh) {
-                start_fiber();
-                progress = true;
-            } else if (thread.state == State::Ready) {
-                current = &thread;
-                scheduler.switch_to(thread.fiber->context);
-                progress = true;
-            }
+        for (unsigned begin = 0; begin < block.threads;) {
+            // What runs ahead of the others until it waits for them.
+            unsigned end = next_group(begin);
+            while (run_group(begin, end)) progress = true;
+            begin = end;
         }
         if (!progress) stuck();
     }
     check_canaries();
     current = nullptr;
+}
+
+// Whole warps, but all threads together where the order is shuffled.
+unsigned Worker::next_group(unsigned begin) const {
+    unsigned n = block.threads, first = n % 32 ? n % 32 : 32;
+    if (how.order == Order::Shuffled) return n;
+    if (how.order == Order::Forward) return min(begin + 32, n);
+    return begin == 0 ? first : begin + 32;
+}
+
+bool Worker::run_group(unsigned begin, unsigned end) {
+    bool progress = false;
+    for (unsigned i = begin; i < end; i++) {
+        Thread& thread = threads[order[i]];
+        if (thread.state == State::Fresh) {
+            start_fiber();
+        } else if (thread.state == State::Ready) {
+            current = &thread;
+            scheduler.switch_to(thread.fiber->context);
+        } else {
+            continue;
+        }
+        progress = true;
+    }
+    return progress;
 }
 
 Thread* Worker::take_fresh() {

@@ -47,6 +47,8 @@ namespace emulator {
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
+// Forward and backward, each warp runs on until it waits for another; shuffled, all threads run to
+// their next rendezvous, in an order that changes at every barrier.
 enum class Order { Forward, Backward, Shuffled };
 
 struct Options {

@@ -15,6 +15,7 @@ namespace driver {
 constexpr unsigned MAX_THREADS = 1024;
 constexpr size_t SHARED_DEFAULT = 48 * 1024;
 constexpr size_t SHARED_MOST = 99 * 1024;
+constexpr size_t REGISTERS = 65536;
 
 // An object that the API hands out as a pointer and knows again.
 template <class T> class Handle {

@@ -1,5 +1,6 @@
 #include "image.h"
 
+#include <algorithm>
 #include <cctype>
 #include <cstdint>
 #include <cstdlib>
@@ -17,6 +18,14 @@ struct FatbinHeader {
     uint64_t bytes;
 };
 
+constexpr uint16_t PART_PTX = 1, PART_BINARY = 2;
+
+struct PartHeader {
+    uint16_t kind, version;
+    uint32_t header_bytes;
+    uint64_t bytes;
+};
+
 // `.param .u64 .ptr .align 1 name` or `.param .align 4 .b8 name[12]`.
 size_t parameter_bytes(const std::string& declaration) {
     static const std::regex scalar(R"(\.([usbf])(8|16|32|64)\b)");
@@ -30,7 +39,7 @@ size_t parameter_bytes(const std::string& declaration) {
     return element * (many ? std::strtoul(found[1].str().c_str(), nullptr, 10) : 1);
 }
 
-void read_ptx(const std::string& text, PtxEntries& entries) {
+void read_ptx(const std::string& text, ImageEntries& entries) {
     const std::string mark = ".entry ";
     for (size_t at = text.find(mark); at != std::string::npos; at = text.find(mark, at)) {
         at += mark.size();
@@ -38,19 +47,17 @@ void read_ptx(const std::string& text, PtxEntries& entries) {
         while (end < text.size() && (isalnum(text[end]) || text[end] == '_' || text[end] == '$')) {
             end += 1;
         }
-        PtxEntry& entry = entries[text.substr(at, end - at)];
+        ImageEntry& entry = entries[text.substr(at, end - at)];
         const size_t open = text.find_first_not_of(" \t\r\n", end);
         const size_t body = text.find('{', end);
-        size_t directives = end;
-        if (open != std::string::npos && text[open] == '(') {
+        if (open != std::string::npos && text[open] == '(' && entry.parameter_bytes.empty()) {
             const size_t close = text.find(')', open);
-            directives = close;
             for (size_t from = text.find(".param", open); from < close; from = text.find(".param", from + 1)) {
                 entry.parameter_bytes.push_back(
                     parameter_bytes(text.substr(from, std::min(text.find(',', from), close) - from)));
             }
         }
-        const size_t bound = text.find(".maxntid", directives);
+        const size_t bound = text.find(".maxntid", end);
         if (bound < body) {
             unsigned threads = 1;
             const char* number = text.c_str() + bound + strlen(".maxntid");
@@ -66,27 +73,44 @@ void read_ptx(const std::string& text, PtxEntries& entries) {
     }
 }
 
+// Parts that are compressed begin with neither PTX's text nor an ELF header.
+void read_fatbin(const unsigned char* at, const unsigned char* end, ImageEntries& entries) {
+    PartHeader part;
+    while (at + sizeof part <= end) {
+        memcpy(&part, at, sizeof part);
+        const unsigned char* data = at + part.header_bytes;
+        if (part.header_bytes < sizeof part || part.bytes > size_t(end - at) - part.header_bytes) {
+            return;
+        }
+        if (part.kind == PART_BINARY && part.bytes > 4 && memcmp(data, "\177ELF", 4) == 0) {
+            read_cubin(data, part.bytes, entries);
+        } else if (part.kind == PART_PTX) {
+            const std::string text(reinterpret_cast<const char*>(data), part.bytes);
+            if (text.find("\n.version ") != std::string::npos) {
+                read_ptx(text, entries);
+            }
+        }
+        at = data + part.bytes;
+    }
+}
+
 } // namespace
 
-Image read_image(const void* image, PtxEntries& entries) {
+bool read_image(const void* image, ImageEntries& entries) {
     FatbinHeader header;
     memcpy(&header, image, sizeof header.magic);
     if (header.magic == FATBIN_MAGIC) {
         memcpy(&header, image, sizeof header);
-        const std::string all(static_cast<const char*>(image), header.header_bytes + header.bytes);
-        const size_t text = all.find("\n.version ");
-        if (text == std::string::npos) {
-            return Image::FatbinWithoutText;
-        }
-        read_ptx(all.c_str() + text, entries);
-        return Image::Fatbin;
+        const auto* parts = static_cast<const unsigned char*>(image) + header.header_bytes;
+        read_fatbin(parts, parts + header.bytes, entries);
+        return true;
     }
     const std::string text(static_cast<const char*>(image));
     if (text.find(".version") == std::string::npos || text.find(".target") == std::string::npos) {
-        return Image::Unknown;
+        return false;
     }
     read_ptx(text, entries);
-    return Image::Ptx;
+    return true;
 }
 
 } // namespace driver

@@ -4,8 +4,9 @@
 // one that is never mapped, so that the host cannot follow a device pointer;
 // the bytes live at the same offset of the other. No address is handed out
 // twice. Each allocation ends (up to its 256-byte granule) at an unmapped
-// page, and the slack around it is filled with the pattern that fresh memory
-// has: all bits set, which is NaN in every float type.
+// page. Fresh memory has all bits set, which is NaN in every float type. The
+// slack around it is filled with a NaN which arithmetic in f32 and bf16 does
+// not give back unchanged, and which must be there still when it is freed.
 
 #include "device.h"
 
@@ -26,6 +27,8 @@ constexpr size_t RANGE = size_t(16) << 40;
 constexpr size_t PAGE = 4096;
 constexpr size_t GRANULE = 256;
 constexpr unsigned char FRESH = 0xff;
+// By the address' parity: 0xffbf.
+constexpr unsigned char ZONE[2] = {0xbf, 0xff};
 constexpr size_t DEFAULT_LIMIT_MIB = 8192;
 
 struct Allocation {
@@ -72,9 +75,12 @@ class Memory {
         if (mprotect(bottom, made.mapped_bytes, PROT_READ | PROT_WRITE) != 0) {
             fail("mprotect of %zu bytes: %s", made.mapped_bytes, strerror(errno));
         }
-        memset(bottom, FRESH, made.mapped_bytes);
         next = made.mapped + made.mapped_bytes + PAGE;
         address = made.mapped + made.mapped_bytes - granules;
+        unsigned char* start = stored(address);
+        fill_zone(bottom, start);
+        memset(start, FRESH, bytes);
+        fill_zone(start + bytes, bottom + made.mapped_bytes);
         live.emplace(address, made);
         used += bytes;
         peak = std::max(peak, used);
@@ -144,12 +150,19 @@ class Memory {
         return reinterpret_cast<uint64_t>(at);
     }
 
+    static void fill_zone(unsigned char* from, unsigned char* to) {
+        for (; from < to; from++) {
+            *from = ZONE[reinterpret_cast<uintptr_t>(from) % 2];
+        }
+    }
+
     static void check_zone(const unsigned char* from, const unsigned char* to, const char* side,
                            uint64_t address, size_t bytes) {
-        const unsigned char* hit = std::find_if(from, to, [](unsigned char b) { return b != FRESH; });
-        if (hit != to) {
-            fail("the red zone %s the allocation 0x%llx of %zu bytes was written to (byte %td of the zone)", side,
-                 (unsigned long long)address, bytes, hit - from);
+        for (const unsigned char* at = from; at < to; at++) {
+            if (*at != ZONE[reinterpret_cast<uintptr_t>(at) % 2]) {
+                fail("the red zone %s the allocation 0x%llx of %zu bytes was written to (byte %td of the zone)", side,
+                     (unsigned long long)address, bytes, at - from);
+            }
         }
     }
 

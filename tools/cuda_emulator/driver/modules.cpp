@@ -22,13 +22,20 @@ struct CUfunc_st : Handle<CUfunc_st> {
     CUmodule module = nullptr;
     // Null where the image has the entry but the libraries have no kernel of that name.
     const Kernel* kernel = nullptr;
-    unsigned most_threads = MAX_THREADS;
-    size_t shared_limit = SHARED_DEFAULT;
+    ImageEntry entry;
+    size_t dynamic_limit = 0;
+
+    unsigned most_threads() const {
+        return entry.most_threads ? entry.most_threads : MAX_THREADS;
+    }
+    // Of dynamic shared memory: what static leaves of the default, or what was asked for.
+    size_t shared_limit() const {
+        return std::max(dynamic_limit, SHARED_DEFAULT - std::min(SHARED_DEFAULT, entry.static_shared));
+    }
 };
 
 struct CUmod_st : Handle<CUmod_st> {
-    Image kind = Image::Unknown;
-    PtxEntries entries;
+    ImageEntries entries;
     bool foreign = false;
     std::mutex mutex;
     std::map<std::string, std::unique_ptr<CUfunc_st>> functions;
@@ -50,14 +57,19 @@ const Kernel* find(bool foreign, const std::string& name) {
     return found == registry(foreign).end() ? nullptr : &found->second;
 }
 
-// Whether a module is foreign: then some of its entries are not ours. A fatbin
-// without readable text, and so without entries, is ours.
-bool is_foreign(const PtxEntries& entries) {
-    return std::any_of(entries.begin(), entries.end(), [](const auto& entry) { return !find(false, entry.first); });
+// Whether the names of a module's entries are rather those of foreign kernels.
+// A fatbin with nothing readable is ours.
+bool is_foreign(const ImageEntries& entries) {
+    size_t ours = 0, others = 0;
+    for (const auto& entry : entries) {
+        ours += find(false, entry.first) != nullptr;
+        others += find(true, entry.first) != nullptr;
+    }
+    return others > ours;
 }
 
 // The emulated kernel takes what the image's entry takes.
-void compare(const Kernel& kernel, const PtxEntry& entry) {
+void compare(const Kernel& kernel, const ImageEntry& entry) {
     bool same = kernel.count == entry.parameter_bytes.size();
     for (size_t i = 0; same && i < kernel.count; i++) {
         same = kernel.parameters[i].bytes == entry.parameter_bytes[i];
@@ -141,16 +153,23 @@ CUresult launch(CUfunction function, dim3 grid, dim3 block, size_t shared_bytes,
     const char* name = function->name.c_str();
     Operation operation(name);
     const size_t threads = size_t(block.x) * block.y * block.z;
-    const unsigned most = function->most_threads;
+    const unsigned most = function->most_threads();
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
         return refuse(name, "a grid of " + dimensions(grid));
     }
     if (threads == 0 || threads > most || block.z > 64) {
         return refuse(name, "a block of " + dimensions(block) + " threads, of at most " + std::to_string(most));
     }
-    if (shared_bytes > function->shared_limit) {
+    if (shared_bytes > function->shared_limit()) {
         return refuse(name, std::to_string(shared_bytes) + " bytes of dynamic shared memory, of at most " +
-                                std::to_string(function->shared_limit));
+                                std::to_string(function->shared_limit()));
+    }
+    // Registers are given to warps in units of 256.
+    const size_t of_warp = (size_t(function->entry.registers) * 32 + 255) / 256 * 256;
+    if ((threads + 31) / 32 * of_warp > REGISTERS) {
+        refuse(name, std::to_string(threads) + " threads with " + std::to_string(function->entry.registers) +
+                         " registers each");
+        return CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES;
     }
     if (!function->kernel) {
         fail("no emulated kernel of this name");
@@ -169,8 +188,7 @@ CUresult load(CUmodule* module, const void* image) {
         return CUDA_ERROR_INVALID_VALUE;
     }
     auto made = std::make_unique<CUmod_st>();
-    made->kind = read_image(image, made->entries);
-    if (made->kind == Image::Unknown) {
+    if (!read_image(image, made->entries)) {
         return CUDA_ERROR_INVALID_IMAGE;
     }
     made->foreign = is_foreign(made->entries);
@@ -236,8 +254,11 @@ CUresult CUDAAPI cuModuleGetFunction(CUfunction* function, CUmodule module, cons
     std::unique_ptr<CUfunc_st>& slot = module->functions[name];
     if (!slot) {
         const Kernel* kernel = find(module->foreign, name);
+        const bool readable = !module->entries.empty();
+        if (!kernel && readable) {
+            kernel = find(!module->foreign, name);
+        }
         const auto entry = module->entries.find(name);
-        const bool readable = module->kind != Image::FatbinWithoutText;
         if (readable ? entry == module->entries.end() : !kernel) {
             module->functions.erase(name);
             return CUDA_ERROR_NOT_FOUND;
@@ -246,14 +267,13 @@ CUresult CUDAAPI cuModuleGetFunction(CUfunction* function, CUmodule module, cons
         made->name = name;
         made->module = module;
         made->kernel = kernel;
-        if (kernel && kernel->most_threads) {
-            made->most_threads = kernel->most_threads;
-        }
-        if (readable && entry->second.most_threads) {
-            made->most_threads = entry->second.most_threads;
+        if (readable) {
+            made->entry = entry->second;
+        } else {
+            made->entry.most_threads = kernel->most_threads;
         }
         if (readable && kernel) {
-            compare(*kernel, entry->second);
+            compare(*kernel, made->entry);
         }
         slot = std::move(made);
     }
@@ -273,22 +293,18 @@ CUresult CUDAAPI cuFuncGetAttribute(int* value, CUfunction_attribute which, CUfu
     }
     switch (which) {
     case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
-        *value = int(function->most_threads);
+        *value = int(function->most_threads());
         return CUDA_SUCCESS;
     case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
-        *value = int(function->shared_limit);
+        *value = int(function->shared_limit());
         return CUDA_SUCCESS;
     case CU_FUNC_ATTRIBUTE_PTX_VERSION:
     case CU_FUNC_ATTRIBUTE_BINARY_VERSION:
         *value = 80;
         return CUDA_SUCCESS;
-    case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES:
-    case CU_FUNC_ATTRIBUTE_CONST_SIZE_BYTES:
-    case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES:
-    case CU_FUNC_ATTRIBUTE_NUM_REGS:
-        // Only a compiler for the device knows these.
-        *value = 0;
-        return CUDA_SUCCESS;
+    // These are 0 where the module has only PTX.
+    case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: *value = int(function->entry.static_shared); return CUDA_SUCCESS;
+    case CU_FUNC_ATTRIBUTE_NUM_REGS: *value = int(function->entry.registers); return CUDA_SUCCESS;
     default: return CUDA_ERROR_INVALID_VALUE;
     }
 }
@@ -299,10 +315,10 @@ CUresult CUDAAPI cuFuncSetAttribute(CUfunction function, CUfunction_attribute wh
     }
     switch (which) {
     case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
-        if (value < 0 || size_t(value) > SHARED_MOST) {
+        if (value < 0 || size_t(value) + function->entry.static_shared > SHARED_MOST) {
             return refuse(function->name.c_str(), "a limit of " + std::to_string(value) + " shared bytes");
         }
-        function->shared_limit = std::max(size_t(value), SHARED_DEFAULT);
+        function->dynamic_limit = size_t(value);
         return CUDA_SUCCESS;
     case CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT: return CUDA_SUCCESS;
     default: return CUDA_ERROR_INVALID_VALUE;

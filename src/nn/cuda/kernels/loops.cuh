@@ -153,7 +153,7 @@ template <int N> __device__ __forceinline__ float sum_columns(float (&own)[N], f
 // The same, in every thread for its own columns.
 template <int N> __device__ __forceinline__ void share_columns(float (&own)[N], float* scratch) {
     float total = sum_columns<N>(own, scratch);
-    __syncthreads();
+    // A column's first summand, which nobody else reads.
     if (threadIdx.x < TILE_UNITS * N) scratch[threadIdx.x] = total;
     __syncthreads();
 #pragma unroll
