@@ -343,6 +343,7 @@ fn the_command_prints_and_refuses() {
     assert!(ok && table.starts_with("LoRA of rank 2 on to_q"), "{table}");
     for (arguments, message) in [
         (&["--rank", "4"][..], "rank: means nothing in mode Infer"),
+        (&["-m", "3"], "m: means nothing in mode Infer"),
         (&["--mode", "full", "--budget-gib", "0.01"], "budget: the smallest schedule takes"),
         (&["--budget-gib", "-1"], "unexpected argument"),
         (&["--tflops", "0"], "tflops: expected a positive number"),
