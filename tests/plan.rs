@@ -221,9 +221,9 @@ fn modules_are_the_checkpoints() {
     }
 }
 
-/// What PyTorch 2.15's autograd saves of SDXL at 512 px, by tools/saved_activations.py's method
-/// with fused attention in bf16: 1.62 GiB with all parameters, 1.32 GiB with a LoRA. Our fused
-/// SiLU and GEGLU keep less; candle's graph keeps a LoRA's frozen inputs.
+/// PyTorch saves 1.62 GiB with all parameters and 1.32 GiB with a LoRA of SDXL at 512 px, bf16,
+/// with fused attention. Our fused SiLU and GEGLU need less; candle's graph holds a LoRA's
+/// frozen inputs. Recomputing PyTorch's residual and transformer blocks leaves 0.121 GiB.
 #[test]
 fn activations_of_sdxl() {
     let trace = sdxl_unet(512, 1);
@@ -232,10 +232,15 @@ fn activations_of_sdxl() {
     let gib = |trained, rule| trace.saved(&Saving { trained, rule, element: 2 }) as f64 / GIB;
     let full = gib(Trained::Everything, Rule::Needed);
     let low = gib(adapters, Rule::Needed);
+    let held = [adapters, Trained::Everything].map(|trained| gib(trained, Rule::Held));
+    println!("needed {low:.3} and {full:.3} GiB, held {held:.3?}");
     assert!(low < full && full < 1.62 && low < 1.32 && low > 0.8, "{low} and {full} GiB");
-    assert!(gib(Trained::Everything, Rule::Held) >= full);
-    assert!(gib(adapters, Rule::Held) > low);
+    assert!(held[0] > low && held[1] > full);
     assert_eq!(gib(Trained::Nothing, Rule::Held), 0.0);
+    let saving = Saving { trained: Trained::Everything, rule: Rule::Held, element: 2 };
+    let anew = trace.saved_recomputing(&saving) as f64 / GIB;
+    // With the keys and values of the text, 0.024 GiB.
+    assert!((0.121..0.160).contains(&anew), "{anew} GiB");
 }
 
 #[test]
@@ -313,6 +318,41 @@ fn what_is_unusable_is_named() {
     assert!(error(&nothing, one).starts_with("targets: "));
     let infer = |s: &mut Setting| s.mode = Mode::Infer { guided: true };
     assert!(error(&infer, Schedule { recompute: true, ..one }).starts_with("recompute: "));
+}
+
+fn command(arguments: &[&str]) -> (bool, String, String) {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ds-bench"));
+    let out = command.arg("plan").args(arguments).current_dir(root()).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (out.status.success(), text(&out.stdout), text(&out.stderr))
+}
+
+#[test]
+fn the_command_prints_and_refuses() {
+    let tiny = ["--model", "models/tiny", "--width", "64", "--height", "64"];
+    let with = |more: &[&str]| command(&[&tiny[..], more].concat());
+    let training = ["--mode", "lora", "--rank", "2", "--n", "2", "--m", "2", "--dtype", "f32"];
+    let (ok, json, errors) = with(&[&training[..], &["--budget-gib", "1", "--json"]].concat());
+    assert!(ok, "{errors}");
+    let plan: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&plan["micro_batch"], &plan["recompute"]), (&4.into(), &false.into()));
+    assert_eq!((&plan["mode"], &plan["dtype"]), (&"lora".into(), &"f32".into()));
+    let parameters = &plan["passes"][0]["parameters"];
+    assert_eq!(*parameters, modules(&root().join("models/tiny/unet")).values().sum::<u64>());
+    let (ok, table, _) = with(&training);
+    assert!(ok && table.starts_with("LoRA of rank 2 on to_q"), "{table}");
+    for (arguments, message) in [
+        (&["--rank", "4"][..], "rank: means nothing in mode Infer"),
+        (&["-m", "3"], "m: means nothing in mode Infer"),
+        (&["--mode", "full", "--budget-gib", "0.01"], "budget: the smallest schedule takes"),
+        (&["--budget-gib", "-1"], "unexpected argument"),
+        (&["--tflops", "0"], "tflops: expected a positive number"),
+        (&["--budget-gib", "1", "--recompute"], "cannot be used with"),
+        (&["--sdxl"], "cannot be used with"),
+    ] {
+        let (ok, _, errors) = with(arguments);
+        assert!(!ok && errors.contains(message), "{arguments:?}: {errors}");
+    }
 }
 
 fn tiny() -> Networks {

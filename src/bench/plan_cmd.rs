@@ -46,9 +46,9 @@ pub struct Args {
     /// Trajectories of a prompt.
     #[arg(long, short, default_value_t = 1, value_name = "N")]
     n: usize,
-    /// States of a trajectory that are trained on.
-    #[arg(long, short, default_value_t = 1, value_name = "M")]
-    m: usize,
+    /// States of a trajectory that are trained on [lora, full; default: 1].
+    #[arg(long, short, value_name = "M")]
+    m: Option<usize>,
     /// Images that the VAE decodes at once [default: all at inference, 1 in training].
     #[arg(long, value_name = "N")]
     decode_batch: Option<usize>,
@@ -110,6 +110,9 @@ impl Args {
         if let Some((field, ..)) = others.iter().find(|(_, given, of)| *given && *of != self.mode) {
             return Err(Error::invalid(*field, format!("means nothing in mode {:?}", self.mode)));
         }
+        if self.m.is_some() && self.mode == Run::Infer {
+            return Err(Error::invalid("m", "means nothing in mode Infer"));
+        }
         Ok(match self.mode {
             Run::Infer => Mode::Infer { guided: !self.no_guidance },
             Run::Lora => Mode::Lora {
@@ -157,7 +160,7 @@ impl Args {
                 Type::F16 => DType::F16,
             },
             trajectories: self.n,
-            steps: self.m,
+            steps: self.m.unwrap_or(1),
             decode_batch: self.decode_batch.unwrap_or(if mode.trains() { 1 } else { images }),
             mode,
         };

@@ -164,8 +164,8 @@ impl Trace {
     }
 
     /// Most bytes of gradients of values, and of the one weight at work, that exist at a time
-    /// in the backward pass. candle adds a gradient to zeros, so each exists twice for a
-    /// moment. Weights' gradients are 4 bytes each.
+    /// in the backward pass. candle adds a value's first gradient to zeros and makes a new
+    /// tensor for every sum. Weights' gradients are 4 bytes each.
     pub fn gradients_in_flight(&self, saving: &Saving) -> u64 {
         let tracked = tracked(self, saving.trained);
         let size = |id: &usize| self.values[*id] * saving.element;
@@ -176,32 +176,35 @@ impl Trace {
             let before: u64 = alive.iter().map(size).sum();
             let inputs = op.inputs.iter().filter(|id| tracked[**id]);
             let made: u64 = inputs.clone().map(size).sum();
-            let doubled = inputs.clone().map(size).max().unwrap_or(0);
+            let added = |id: &usize| if alive.contains(id) { size(id) } else { 2 * size(id) };
+            let adding = inputs.clone().map(added).max().unwrap_or(0);
             let weights = if saving.trained.weights(op) { op.parameters } else { 0 };
-            most = most.max(before + made + doubled + 4 * (weights + saving.trained.adapter(op)));
+            most = most.max(before + made + adding + 4 * (weights + saving.trained.adapter(op)));
             alive.remove(&op.output);
             alive.extend(inputs);
         }
         most
     }
 
-    /// Most bytes of values alive at a time without gradients, when each goes after its last
-    /// use.
+    /// Most bytes of values alive at a time without gradients.
     pub fn live(&self, element: u64) -> u64 {
         let mut last = vec![None; self.values.len()];
-        for (at, op) in self.ops.iter().enumerate() {
-            op.inputs.iter().for_each(|id| last[*id] = Some(at));
+        let reads = self.ops.iter().enumerate();
+        let reads = reads.flat_map(|(at, op)| op.inputs.iter().map(move |id| (*id, at)));
+        for (id, at) in reads.chain(self.held.iter().copied()) {
+            last[id] = last[id].max(Some(at));
         }
-        let made: BTreeSet<usize> = self.ops.iter().map(|op| op.output).collect();
-        let outside = (0..self.values.len()).filter(|id| !made.contains(id));
-        let mut now: u64 = outside.map(|id| self.values[id]).sum();
+        let mut spent: BTreeMap<usize, u64> = BTreeMap::new();
+        for (size, last) in self.values.iter().zip(last) {
+            *spent.entry(last.unwrap_or(usize::MAX)).or_default() += size;
+        }
+        let made: u64 = self.ops.iter().map(|op| self.values[op.output]).sum();
+        let mut now = self.values.iter().sum::<u64>() - made;
         let mut most = now;
         for (at, op) in self.ops.iter().enumerate() {
             now += self.values[op.output];
             most = most.max(now);
-            let spent: BTreeSet<&usize> =
-                op.inputs.iter().filter(|id| last[**id] == Some(at)).collect();
-            now -= spent.into_iter().map(|id| self.values[*id]).sum::<u64>();
+            now -= spent.get(&at).copied().unwrap_or(0);
         }
         most * element
     }

@@ -92,6 +92,9 @@ pub struct Trace {
     pub ops: Vec<Op>,
     /// Elements of every value.
     pub values: Vec<u64>,
+    /// Values and the operations up to which the networks' functions hold them, though nothing
+    /// reads them any more.
+    pub(super) held: Vec<(usize, usize)>,
     segment: usize,
 }
 
@@ -132,6 +135,12 @@ impl Trace {
     /// kept, what is made in it is computed again when its gradients are.
     pub(super) fn next_segment(&mut self) {
         self.segment = self.ops.iter().map(|op| op.segment).max().unwrap_or(0) + 1;
+    }
+
+    /// The functions of the networks hold `values` at least until now.
+    pub(super) fn hold(&mut self, values: &[Value]) {
+        let now = self.ops.len().saturating_sub(1);
+        self.held.extend(values.iter().map(|value| (value.id, now)));
     }
 
     fn op(&mut self, name: &str, kind: Kind, inputs: &[Value], output: Value) -> &mut Op {

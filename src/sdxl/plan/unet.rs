@@ -109,6 +109,7 @@ pub fn unet(config: &UNetConfig, sample: Sample) -> Result<Trace> {
     let mut x = t.conv("conv_in", latents, Window::same(first, 3), &[])?;
     let mut skips = vec![x];
     for level in &levels.down {
+        let given = x;
         for block in &level.blocks {
             x = walk.block(&mut t, block, x, None, config)?;
             skips.push(x);
@@ -121,11 +122,13 @@ pub fn unet(config: &UNetConfig, sample: Sample) -> Result<Trace> {
             x = t.conv(name, x, window, &[])?;
             skips.push(x);
         }
+        t.hold(&[given]);
     }
     for block in levels.mid.iter().flat_map(|mid| &mid.blocks) {
         x = walk.block(&mut t, block, x, None, config)?;
     }
     for level in &levels.up {
+        let given = x;
         for block in &level.blocks {
             x = walk.block(&mut t, block, x, skips.pop(), config)?;
         }
@@ -135,10 +138,12 @@ pub fn unet(config: &UNetConfig, sample: Sample) -> Result<Trace> {
             let window = Window { enlarged: Some(to), ..Window::same(x.channels as usize, 3) };
             x = t.conv(name, x, window, &[])?;
         }
+        t.hold(&[given]);
     }
     t.next_segment();
     let h = t.norm("conv_norm_out", Kind::GroupNorm, x);
     let y = t.conv("conv_out", h, Window::same(config.out_channels, 3), &[])?;
+    t.hold(&[x]);
     t.pointwise("conv_out", Kind::Layout, &[y]);
     Ok(t)
 }
@@ -204,15 +209,18 @@ impl Walk {
         config: &UNetConfig,
     ) -> Result<Value> {
         t.next_segment();
-        let x = match skip {
-            Some(skip) => t.concatenate(&block.resnet, x, skip),
-            None => x,
+        let joined = skip.map(|skip| t.concatenate(&block.resnet, x, skip));
+        let h = resnet(t, &block.resnet, joined.unwrap_or(x), block.output, self.shifts.next())?;
+        let y = match &block.transformer {
+            Some(transformer) => {
+                self.transformer(t, transformer, h, config.use_linear_projection)?
+            }
+            None => h,
         };
-        let x = resnet(t, &block.resnet, x, block.output, self.shifts.next())?;
-        match &block.transformer {
-            Some(transformer) => self.transformer(t, transformer, x, config.use_linear_projection),
-            None => Ok(x),
-        }
+        t.hold(&[x]);
+        t.hold(skip.as_slice());
+        t.hold(joined.as_slice());
+        Ok(y)
     }
 
     fn transformer(
@@ -234,7 +242,8 @@ impl Walk {
         // The projections belong to the first and the last block.
         t.next_segment();
         let h = t.norm(&format!("{name}.norm"), Kind::GroupNorm, x);
-        let mut tokens = project(t, "proj_in", h, None)?;
+        let first = project(t, "proj_in", h, None)?;
+        let mut tokens = first;
         for i in 0..*depth {
             if i > 0 {
                 t.next_segment();
@@ -244,7 +253,9 @@ impl Walk {
                 tokens = transformer_block(t, &name, tokens, text, *heads);
             }
         }
-        project(t, "proj_out", tokens, Some(x))
+        let y = project(t, "proj_out", tokens, Some(x))?;
+        t.hold(&[h, first]);
+        Ok(y)
     }
 }
 
@@ -252,20 +263,25 @@ fn transformer_block(t: &mut Trace, name: &str, x: Value, text: [Value; 2], head
     let width = x.channels as usize;
     let norm =
         |t: &mut Trace, i: usize, x: Value| t.norm(&format!("{name}.norm{i}"), Kind::LayerNorm, x);
-    let h = norm(t, 1, x);
+    let first = norm(t, 1, x);
     let [q, k, v] = ["to_q", "to_k", "to_v"]
-        .map(|part| t.linear(&format!("{name}.attn1.{part}"), h, width, false, None));
+        .map(|part| t.linear(&format!("{name}.attn1.{part}"), first, width, false, None));
     let h = t.attention(&format!("{name}.attn1"), Kind::SelfAttention, [q, k, v], heads);
-    let x = t.linear(&format!("{name}.attn1.to_out.0"), h, width, true, Some(x));
-    let h = norm(t, 2, x);
+    let after = t.linear(&format!("{name}.attn1.to_out.0"), h, width, true, Some(x));
+    t.hold(&[k, v]);
+    let h = norm(t, 2, after);
     let q = t.linear(&format!("{name}.attn2.to_q"), h, width, false, None);
     let inputs = [q, text[0], text[1]];
-    let h = t.attention(&format!("{name}.attn2"), Kind::CrossAttention, inputs, heads);
-    let x = t.linear(&format!("{name}.attn2.to_out.0"), h, width, true, Some(x));
-    let h = norm(t, 3, x);
-    let h = t.linear(&format!("{name}.ff.net.0.proj"), h, 8 * width, true, None);
-    let h = t.geglu(&format!("{name}.ff.net.0"), h);
-    t.linear(&format!("{name}.ff.net.2"), h, width, true, Some(x))
+    let attended = t.attention(&format!("{name}.attn2"), Kind::CrossAttention, inputs, heads);
+    let last = t.linear(&format!("{name}.attn2.to_out.0"), attended, width, true, Some(after));
+    t.hold(&[h]);
+    let normed = norm(t, 3, last);
+    let wide = t.linear(&format!("{name}.ff.net.0.proj"), normed, 8 * width, true, None);
+    let h = t.geglu(&format!("{name}.ff.net.0"), wide);
+    t.hold(&[normed]);
+    let y = t.linear(&format!("{name}.ff.net.2"), h, width, true, Some(last));
+    t.hold(&[x, first, after]);
+    y
 }
 
 /// The residual block of the U-Net (with `shift`) and the VAE (without).
@@ -284,5 +300,7 @@ pub(super) fn resnet(
     } else {
         t.conv(&format!("{name}.conv_shortcut"), x, Window::same(output, 1), &[])?
     };
-    t.conv(&format!("{name}.conv2"), h, Window::same(output, 3), &[residual])
+    let y = t.conv(&format!("{name}.conv2"), h, Window::same(output, 3), &[residual])?;
+    t.hold(&[x]);
+    Ok(y)
 }

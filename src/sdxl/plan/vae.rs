@@ -66,9 +66,10 @@ pub fn decode(config: &VaeConfig, batch: usize, (height, width): (usize, usize))
             x = t.conv(&format!("{prefix}.upsamplers.0.conv"), x, window, &[])?;
         }
     }
-    let x = t.norm("decoder.conv_norm_out", Kind::GroupNorm, x);
-    let x = t.conv("decoder.conv_out", x, Window::same(config.out_channels, 3), &[])?;
-    t.pointwise("decoder.conv_out", Kind::Layout, &[x]);
+    let h = t.norm("decoder.conv_norm_out", Kind::GroupNorm, x);
+    let y = t.conv("decoder.conv_out", h, Window::same(config.out_channels, 3), &[])?;
+    t.hold(&[x]);
+    t.pointwise("decoder.conv_out", Kind::Layout, &[y]);
     Ok(t)
 }
 
@@ -81,7 +82,9 @@ fn mid(t: &mut Trace, prefix: &str, x: Value, config: &VaeConfig) -> Result<Valu
         let qkv = ["to_q", "to_k", "to_v"]
             .map(|part| t.linear(&format!("{name}.{part}"), h, width, true, None));
         let h = t.attention(&name, Kind::SelfAttention, qkv, 1);
-        x = t.linear(&format!("{name}.to_out.0"), h, width, true, Some(x));
+        let y = t.linear(&format!("{name}.to_out.0"), h, width, true, Some(x));
+        t.hold(&qkv);
+        x = y;
     }
     resnet(t, &format!("{prefix}.resnets.1"), x, width, None)
 }
