@@ -124,13 +124,24 @@ impl Fixture {
     }
 }
 
+fn cpu() -> Placement {
+    Placement::cpu(DType::F32)
+}
+
 #[test]
 fn the_parity_command_agrees_with_diffusers() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.safetensors");
     for folder in parity_models() {
         // The reference file holds the inputs under the names that the command takes.
-        parity::run(&folder, &folder.join("reference.safetensors"), &out, STEPS, GUIDANCE).unwrap();
+        parity::run(
+            &folder,
+            &folder.join("reference.safetensors"),
+            &out,
+            (STEPS, GUIDANCE),
+            &cpu(),
+        )
+        .unwrap();
         let (ours, theirs) = (read(&out), read(&folder.join("reference.safetensors")));
         assert_eq!(ours.len(), 6);
         for (what, ours) in &ours {
@@ -299,7 +310,7 @@ fn the_parity_command_names_what_is_wrong() {
         inputs.iter().map(|name| ((*name).to_owned(), reference[*name].clone())).collect();
     let run = |tensors: &BTreeMap<String, Tensor>| -> Result<(), String> {
         write_safetensors(&file, tensors, None).unwrap();
-        parity::run(&folder, &file, &out, 1, 1.0).map_err(|e| e.to_string())
+        parity::run(&folder, &file, &out, (1, 1.0), &cpu()).map_err(|e| e.to_string())
     };
     run(&good).unwrap();
     for name in inputs {
@@ -327,12 +338,12 @@ fn the_parity_command_names_what_is_wrong() {
         assert_names(&run(&tensors).unwrap_err(), &parts);
     }
     let nowhere = dir.path().join("no-model");
-    let error = parity::run(&nowhere, &file, &out, 1, 1.0).unwrap_err().to_string();
+    let error = parity::run(&nowhere, &file, &out, (1, 1.0), &cpu()).unwrap_err().to_string();
     assert_names(&error, &["no-model", "model_index.json"]);
     let nothing = dir.path().join("no-inputs.safetensors");
-    let error = parity::run(&folder, &nothing, &out, 1, 1.0).unwrap_err().to_string();
+    let error = parity::run(&folder, &nothing, &out, (1, 1.0), &cpu()).unwrap_err().to_string();
     assert_names(&error, &["no-inputs.safetensors"]);
     write_safetensors(&file, &good, None).unwrap();
-    let error = parity::run(&folder, &file, &out, 0, 1.0).unwrap_err().to_string();
+    let error = parity::run(&folder, &file, &out, (0, 1.0), &cpu()).unwrap_err().to_string();
     assert_names(&error, &["steps"]);
 }
