@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use diffusion_sharpening::engine::request::GenerateRequest;
 use diffusion_sharpening::engine::{Backend, CancelToken, Engine};
-use diffusion_sharpening::nn::Recompute;
 use diffusion_sharpening::nn::device::Placement;
+use diffusion_sharpening::nn::{Recompute, cuda};
 use diffusion_sharpening::sdxl::ModelFolder;
+use diffusion_sharpening::sdxl::plan::{Kind, Sample, launches, unet};
 use diffusion_sharpening::train::optimizer::{Gradients, Missing};
 
 use super::common::training::unet_on;
@@ -151,4 +152,27 @@ fn images_are_those_of_the_cpu() {
         println!("{solver}: pixels differ by at most {worst:?}");
         assert!(worst.unwrap() <= 2, "{solver}: pixels differ by {worst:?}");
     }
+}
+
+/// A U-Net forward launches what the plan counts for the operations that are ours: one product
+/// and one pass for what is added, three kernels for a group norm, one for the others.
+#[test]
+fn a_forward_launches_what_the_plan_says() {
+    let model = ModelFolder::open(&shipped(), &placement(DType::BF16)).unwrap();
+    let (batch, side, tokens) = (2, 16, 20);
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, gpu()).unwrap();
+    let config = &model.unet_config;
+    let pooled = model.text_2.config().projection_dim;
+    let (x, t) = (zeros(&[batch, config.in_channels, side, side]), zeros(&[batch]));
+    let context = zeros(&[batch, tokens, config.cross_attention_dim]);
+    let (pooled, sizes) = (zeros(&[batch, pooled]), zeros(&[batch, 6]));
+    let sample = Sample { batch, height: side, width: side, tokens };
+    let trace = unet(config, sample).unwrap();
+    let ours = |kind: Kind| {
+        !matches!(kind, Kind::Layout | Kind::Concatenate | Kind::Add | Kind::Embedding)
+    };
+    let planned: u64 = trace.ops.iter().filter(|op| ours(op.kind)).map(launches).sum();
+    let before = cuda::launches();
+    model.unet.forward(&x, &t, &context, &pooled, &sizes).unwrap();
+    assert_eq!(cuda::launches() - before, planned);
 }

@@ -128,6 +128,7 @@ fn run(conv: &Conv, pass: Pass, [x, weight, y]: [u64; 3]) -> Result<()> {
                 plan
             }
         };
+        super::launch::count();
         let workspace = library.workspace(conv.device, plan.workspace)?;
         let (one, zero) = (1.0_f32, 0.0_f32);
         let (one, zero) = ((&raw const one).cast(), (&raw const zero).cast());
