@@ -3,9 +3,9 @@
     python tools/gpu_parity.py shipped --program ds-bench --model models/tiny --device cuda:0
     python tools/gpu_parity.py torch --program ds-bench --model DIR --device cuda:0 --latent 64 64
 
-`shipped` compares `ds-bench parity` on the GPU with the same program on the CPU in f32: every component,
-and the trajectory of each of the four samplers. It also gives the PSNR of images decoded in bf16
-against f32. It needs no diffusers.
+`shipped` compares `ds-bench parity` on the GPU with the same program on the CPU, which computes in f32
+with the same weights: every component, and the trajectory of each of the four samplers. It also
+gives the PSNR of images decoded in bf16 against f32. It needs no diffusers.
 
 `torch` compares it with diffusers, in f32 without TF32, on the same device and the same weights.
 PyTorch's own bf16 is held against the same reference: the limit of bf16 follows it.
@@ -64,7 +64,7 @@ def given_to(model):
         "time_ids": torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * 2, dtype=torch.float32),
         "image": torch.rand(2, 3, pixels, pixels, generator=generator) * 2 - 1,
         "input_ids": ids,
-        "input_ids_2": ids,
+        "input_ids_2": ids.clone(),
     }
 
 
@@ -93,8 +93,8 @@ def shipped(args):
     with tempfile.TemporaryDirectory() as folder:
         for sampler in sorted(SAMPLERS, key=lambda name: name != own):
             model = str(with_sampler(args.model, sampler, folder))
-            reference = outputs(args.program, model, given, *flags("cpu", "f32"))
             for dtype in LIMITS:
+                reference = outputs(args.program, model, given, *flags("cpu", dtype))
                 ours = outputs(args.program, model, given, *flags(args.device, dtype))
                 for name in (*(COMPONENTS if sampler == own else ()), "trajectory"):
                     what = f"{name} of {sampler.removesuffix('Scheduler')}" if name == "trajectory" else name

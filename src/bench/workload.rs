@@ -176,15 +176,16 @@ impl Workload {
             Piece::AdapterSwitch => {
                 let weights = &folder.unet_weights;
                 let (lora, _) = random_adapter(weights, weights.computed())?;
-                let device = self.device();
                 Ok(Box::new(move || {
                     folder.unet_with(&lora)?;
-                    Ok(Tensor::zeros(1, DType::F32, device)?)
+                    let (_, factors) = lora.iter().next().ok_or_else(no_weights)?;
+                    Ok(factors.down.clone())
                 }))
             }
             Piece::Load => Ok(Box::new(|| {
                 let loaded = ModelFolder::open(&folder.path, &self.placement)?;
-                Ok(Tensor::zeros(1, DType::F32, loaded.device())?)
+                let tensors = loaded.unet_weights.tensors();
+                tensors.values().next().cloned().ok_or_else(no_weights)
             })),
         }
     }
@@ -265,6 +266,10 @@ impl Workload {
     }
 }
 
+fn no_weights() -> Error {
+    Error::Weights("the U-Net has no weights, or no attention".to_owned())
+}
+
 /// Start, a few words, end, then each tower's own padding, as long as prompts are for this
 /// checkpoint. Token ids, so that tokenisation is not measured.
 fn prompt_ids(folder: &ModelFolder) -> Result<[Vec<u32>; 2]> {
@@ -316,7 +321,7 @@ mod tests {
                     Piece::VaeDecode(b) => (pixels(b), 0),
                     Piece::TextEncode => (vec![1, w.tokens(), 26], 0),
                     Piece::Images { steps, batch } => (pixels(batch), (2 * steps * batch) as u64),
-                    Piece::AdapterSwitch | Piece::Load => (vec![1], 0),
+                    Piece::AdapterSwitch | Piece::Load => (got.dims().to_vec(), 0),
                 };
                 let forwards = w.forwards(piece).unwrap();
                 assert_eq!((got.dims(), forwards), (shape.as_slice(), f), "{name}");
