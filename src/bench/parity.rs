@@ -14,7 +14,6 @@ use crate::diffusion::sdxl_model::SdxlModel;
 use crate::diffusion::solver::{Eval, History, SolverSpec};
 use crate::nn::device::Placement;
 use crate::sdxl::ModelFolder;
-use crate::sdxl::config::read_json;
 use crate::sdxl::weights::{read_safetensors, write_safetensors};
 use crate::{Error, Result};
 
@@ -93,7 +92,7 @@ pub fn run(
     results.insert("encoded_mean".to_owned(), folder.vae.encode(&image)?.mean);
     results.insert("hidden_states".to_owned(), text.context.clone());
     results.insert("pooled".to_owned(), text.pooled.clone());
-    let scheduler: SchedulerConfig = read_json(&model.join("scheduler/scheduler_config.json"))?;
+    let scheduler: SchedulerConfig = folder.scheduler()?;
     scheduler.validate()?;
     let conds = (0..batch)
         .map(|b| {

@@ -12,8 +12,8 @@ use crate::Result;
 /// The inputs and outputs are safetensors files; docs/parity.md lists the tensors.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// Checkpoint: a folder in the diffusers layout.
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint: a folder in the diffusers layout, or one file in Stability's.
+    #[arg(long, value_name = "MODEL")]
     pub model: PathBuf,
     /// Input tensors.
     #[arg(long, value_name = "FILE")]

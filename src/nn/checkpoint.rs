@@ -3,8 +3,7 @@
 
 use candle_core::{Tensor, Var, bail};
 
-use super::autograd::{Graph, attach, recording, summed, wanted};
-use super::kernel::{View, dispatch};
+use super::autograd::{Graph, attach_storage, recording, summed, wanted};
 use crate::{Error, Result};
 
 /// What a network keeps for its gradients.
@@ -91,15 +90,13 @@ fn gradients(
     Ok(gradients)
 }
 
-/// [`attach`] for values that a tensor holds, which are copied.
+/// [`attach_storage`] for values that a tensor holds, which are copied.
 fn attached(
     values: &Tensor,
     inputs: &[&Tensor],
     backward: impl Fn(&Tensor) -> candle_core::Result<Vec<Tensor>> + Send + Sync + 'static,
 ) -> candle_core::Result<Tensor> {
     let values = values.contiguous()?;
-    dispatch!(values.dtype(), T => {
-        let copy = View::<T>::of(&values)?.to_vec();
-        attach(copy, values.shape().clone(), inputs, backward)
-    })
+    let storage = values.storage_and_layout().0.try_clone(values.layout())?;
+    attach_storage(storage, values.shape(), inputs, backward)
 }
