@@ -31,6 +31,37 @@ fn keep_freed(device: &CudaDevice) -> Result<()> {
     }
 }
 
+/// Most bytes that tensors took since [`forget_peak`] or the start; workspaces of cuBLAS and
+/// cuDNN that they take for themselves are not among them.
+///
+/// # Errors
+/// The driver's.
+pub fn peak_memory(device: &CudaDevice) -> Result<u64> {
+    let mut bytes = 0_u64;
+    // SAFETY: the pool is the device's own, and the attribute is one 64-bit number.
+    unsafe {
+        let pool = device::get_default_mem_pool(device.cuda_stream().context().cu_device()).w()?;
+        mem_pool::get_attribute(pool, PEAK, (&raw mut bytes).cast()).w()?;
+    }
+    Ok(bytes)
+}
+
+/// Counts the peak from the bytes that tensors take now.
+///
+/// # Errors
+/// The driver's.
+pub fn forget_peak(device: &CudaDevice) -> Result<()> {
+    // Any other value than 0 is refused.
+    let mut bytes = 0_u64;
+    // SAFETY: the pool is the device's own, and the attribute is one 64-bit number.
+    unsafe {
+        let pool = device::get_default_mem_pool(device.cuda_stream().context().cu_device()).w()?;
+        mem_pool::set_attribute(pool, PEAK, (&raw mut bytes).cast()).w()
+    }
+}
+
+const PEAK: sys::CUmemPool_attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+
 /// Whether the operations of this module apply to the tensor.
 pub fn takes(x: &Tensor) -> bool {
     x.device().is_cuda() && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
