@@ -31,6 +31,24 @@ fn keep_freed(device: &CudaDevice) -> Result<()> {
     }
 }
 
+/// Free and total bytes of a GPU. What its pool holds and nothing uses is free.
+pub fn room(device: &CudaDevice) -> Result<(u64, u64)> {
+    let context = device.cuda_stream().context().clone();
+    let (free, total) = context.mem_get_info().w()?;
+    let pool = |attribute| {
+        let mut bytes = 0u64;
+        // SAFETY: the pool is the device's own, and the attribute is one 64-bit number.
+        unsafe {
+            let pool = device::get_default_mem_pool(context.cu_device()).w()?;
+            mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()).w()?;
+        }
+        Ok::<_, candle_core::Error>(bytes)
+    };
+    let held = pool(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+    let used = pool(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+    Ok((free as u64 + held.saturating_sub(used), total as u64))
+}
+
 /// Whether the operations of this module apply to the tensor.
 pub fn takes(x: &Tensor) -> bool {
     x.device().is_cuda() && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
