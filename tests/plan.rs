@@ -344,7 +344,10 @@ fn the_command_prints_and_refuses() {
     for (arguments, message) in [
         (&["--rank", "4"][..], "rank: means nothing in mode Infer"),
         (&["-m", "3"], "m: means nothing in mode Infer"),
-        (&["--mode", "full", "--budget-gib", "0.01"], "budget: the smallest schedule takes"),
+        (
+            &["--mode", "full", "--budget-gib", "0.01"],
+            "insufficient memory: 64 x 64 px take at least",
+        ),
         (&["--budget-gib", "-1"], "unexpected argument"),
         (&["--tflops", "0"], "tflops: expected a positive number"),
         (&["--budget-gib", "1", "--recompute"], "cannot be used with"),

@@ -4,7 +4,7 @@
 use candle_core::{Tensor, Var, bail};
 
 use super::autograd::{Graph, attach_storage, recording, summed, wanted};
-use crate::{Error, Result};
+use crate::Result;
 
 /// What a network keeps for its gradients.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -57,10 +57,7 @@ fn gradients(
         }
     }
     let (variables, mut found) = recording(Graph::Now, || {
-        let y = f(&given).map_err(|e| match e {
-            Error::Tensor(e) => e,
-            other => candle_core::Error::wrap(other),
-        })?;
+        let y = f(&given)?;
         let dy = dy.clone();
         // A scalar whose gradient with respect to y is dy.
         let zero = Tensor::zeros((), y.dtype(), y.device())?;

@@ -9,13 +9,13 @@ use candle_core::{DType, Device, Tensor};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::config::{ClipTextConfig, UNetConfig, VaeConfig};
 use super::folder::ModelFolder;
 use super::key_names::{self, FUSED, NameMap};
 use super::lora_names::with_text_model;
+use super::plan::Networks;
 use super::single_config::{Configs, Shapes};
 use super::tensor_file::{self, Entry, read_metadata};
-use super::weights::{Weights, is_buffer, place, read_safetensors};
+use super::weights::{Weights, is_buffer, place, read_safetensors, read_shapes};
 use crate::{Error, Result};
 
 /// In the header of our own exports: the checkpoint's configurations, which shapes do not tell.
@@ -154,15 +154,9 @@ pub fn present_name(name: &str) -> String {
     format!("{stem}mid_block.attentions.0.{layer}.{kind}")
 }
 
-/// A checkpoint's configurations, read.
-#[derive(Clone, Debug)]
-pub struct Networks {
-    pub unet: UNetConfig,
-    pub vae: VaeConfig,
-    pub text: [ClipTextConfig; 2],
-}
-
 impl Networks {
+    /// A checkpoint's configurations, read.
+    ///
     /// # Errors
     /// Names the component and the field that is wrong.
     pub fn of(configs: &Configs) -> Result<Self, String> {
@@ -210,23 +204,24 @@ pub struct SingleFile {
 impl SingleFile {
     /// # Errors
     /// Names, as the file does, what is missing or does not belong to SDXL.
+    /// `Error::InsufficientMemory` before weights are read that the device cannot hold.
     pub fn read(path: &Path, dtypes: [DType; 4], device: &Device) -> Result<Self> {
         let fail = |message: String| Error::file(path, message);
-        let tensors = read_safetensors(path, device)?;
         let own = read_metadata(path)?.remove(CONFIGS);
         let configs = match own {
             Some(text) => {
                 serde_json::from_str(&text).map_err(|e| fail(format!("{CONFIGS}: {e}")))?
             }
             None => {
-                let shapes = tensors.iter().map(|(name, t)| (name.clone(), t.dims().to_vec()));
+                let shapes = Shapes::from_iter(read_shapes(path)?);
                 let what = "this is no SDXL checkpoint in Stability's layout";
-                Configs::of(&shapes.collect::<Shapes>())
-                    .map_err(|e| fail(format!("{what}: {e}")))?
+                Configs::of(&shapes).map_err(|e| fail(format!("{what}: {e}")))?
             }
         };
         let networks = Networks::of(&configs).map_err(fail)?;
         let names = networks.file_names()?;
+        networks.announce(path, dtypes[0], device)?;
+        let tensors = read_safetensors(path, device)?;
         let mut parts: [HashMap<String, Tensor>; 4] = Default::default();
         let mut strangers = BTreeSet::new();
         // One after another, so that there is hardly more than one copy of a checkpoint.

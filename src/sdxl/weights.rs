@@ -340,10 +340,17 @@ pub fn read_safetensors(path: &Path, device: &Device) -> Result<HashMap<String, 
     let mapped = map_tensors(path).map_err(|e| Error::file(path, e))?;
     let names: Vec<String> = mapped.tensors().into_iter().map(|(name, _)| name).collect();
     let read = |name: String| {
-        let tensor = mapped.load(&name, device).map_err(|e| Error::file(path, e))?;
+        let tensor = mapped.load(&name, device).map_err(|e| Error::tensor_file(path, e))?;
         Ok((name, tensor))
     };
     names.into_iter().map(read).collect()
+}
+
+/// The tensors' shapes, by name.
+pub fn read_shapes(path: &Path) -> Result<Vec<(String, Vec<usize>)>> {
+    let mapped = map_tensors(path).map_err(|e| Error::file(path, e))?;
+    let shapes = mapped.tensors().into_iter();
+    Ok(shapes.map(|(name, view)| (name, view.shape().to_vec())).collect())
 }
 
 /// Reads every tensor of a safetensors file as it is to lie on `device`: numbers as `dtype`,
@@ -354,7 +361,7 @@ pub fn load(path: &Path, dtype: DType, device: &Device) -> Result<HashMap<String
     let names: Vec<String> = mapped.tensors().into_iter().map(|(name, _)| name).collect();
     let read = |name: &String| -> Result<(String, Tensor)> {
         let tensor = mapped.load(name, device).and_then(|t| place(t, dtype));
-        Ok((name.clone(), tensor.map_err(|e| Error::file(path, e))?))
+        Ok((name.clone(), tensor.map_err(|e| Error::tensor_file(path, e))?))
     };
     if device.is_cpu() {
         return threads::within(|| names.par_iter().map(read).collect());
