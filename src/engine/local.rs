@@ -33,6 +33,8 @@ use crate::{Error, Result};
 pub struct Engine {
     models: Vec<Arc<Model>>,
     listed: Vec<ModelInfo>,
+    /// Bytes, where it is not what the device has.
+    memory: Option<u64>,
 }
 
 impl Engine {
@@ -73,7 +75,19 @@ impl Engine {
             opened.push(Arc::new(Model::open(id, &place, placement)?));
         }
         let listed = opened.iter().map(|m| m.info()).collect();
-        Ok(Self { models: opened, listed })
+        Ok(Self { models: opened, listed, memory: None })
+    }
+
+    /// Refuses requests that take more than `bytes` of memory, weights counted, instead of those
+    /// that take more than the device has.
+    #[must_use]
+    pub fn with_memory(self, bytes: u64) -> Self {
+        Self { memory: Some(bytes), ..self }
+    }
+
+    fn resolve(&self, model: &Model, request: &GenerateRequest) -> Result<Resolution> {
+        let all = || DeviceMemory::of(model.base().folder().device()).map(|m| m.total);
+        resolve(model, request, self.memory.or_else(all))
     }
 
     fn model(&self, id: Option<&str>) -> Result<&Arc<Model>> {
@@ -103,7 +117,7 @@ impl Backend for Engine {
 
     fn plan(&self, request: &GenerateRequest) -> Result<Planned> {
         let model = self.model(request.model.as_deref())?;
-        Ok(resolve(model, request)?.planned)
+        Ok(self.resolve(model, request)?.planned)
     }
 
     fn generate(
@@ -113,7 +127,7 @@ impl Backend for Engine {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Generation> {
         let model = self.model(Some(&planned.resolved.model))?;
-        let resolution = resolve(model, &request_of(&planned.resolved))?;
+        let resolution = self.resolve(model, &request_of(&planned.resolved))?;
         let mut run = Run::prepare(model, &resolution, cancel)?;
         for index in 0..planned.resolved.n {
             run.image(index, progress)?;

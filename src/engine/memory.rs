@@ -1,6 +1,5 @@
-//! How many samples go through the U-Net together, and what can never be made.
+//! How many samples go through the U-Net together.
 
-use crate::Result;
 use crate::nn::device_memory::DeviceMemory;
 use crate::sdxl::plan::{Item, MemoryPlan, Phase};
 
@@ -46,19 +45,12 @@ fn each(plan: &MemoryPlan) -> u64 {
     bytes + plan.bytes(Item::RolloutStates)
 }
 
-/// Refuses what the device cannot do even when nothing else is on it.
-///
-/// # Errors
-/// `Error::InsufficientMemory` with the plan's numbers.
-pub fn ensure_possible(plan: &MemoryPlan, memory: Option<DeviceMemory>) -> Result<()> {
-    memory.map_or(Ok(()), |memory| plan.ensure_fits(memory.total))
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::DType;
 
     use super::*;
+    use crate::Result;
     use crate::sdxl::plan::{H100, Networks, Schedule, Setting};
 
     fn plan(side: usize) -> Result<MemoryPlan> {
@@ -97,19 +89,5 @@ mod tests {
                 assert_eq!(micro_batch(Device::Cpu, None, positions, forwards), expected);
             }
         }
-    }
-
-    #[test]
-    fn what_no_device_holds_is_refused_with_numbers() -> Result<()> {
-        let total = |gib: u64| Some(DeviceMemory { free: 0, total: gib << 30 });
-        ensure_possible(&plan(1024)?, total(10))?;
-        ensure_possible(&plan(1024)?, None)?;
-        let error = ensure_possible(&plan(1024)?, total(8)).unwrap_err().to_string();
-        assert_eq!(
-            error,
-            "insufficient memory: 1024 x 1024 px take at least 9.118 GiB, there is 8.000 GiB; \
-             most of it is U-Net weights (4.782 GiB): make smaller images, or use a larger card"
-        );
-        Ok(())
     }
 }
