@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::adapter::random_adapter;
 use crate::diffusion::config::SchedulerConfig;
@@ -304,7 +304,7 @@ mod tests {
     fn workload(latent: Option<(usize, usize)>) -> Workload {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let folder = root.join("tests/fixtures/parity/ddim_tiny");
-        Workload::open(&folder, latent, &Placement::cpu(DType::F32)).unwrap()
+        Workload::open(&folder, latent, &Placement::cpu(candle_core::DType::F32)).unwrap()
     }
 
     #[test]
