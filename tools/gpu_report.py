@@ -170,8 +170,13 @@ def markdown(results):
     yield ""
     yield from table(("part", "step", "outcome", "seconds", "GPU", "error"), (
         (s["part"], s["name"], s["status"], figure(s.get("seconds")),
-         ", ".join(f"{key} {value:g}" for key, value in s.get("gpu", {}).items()), s.get("error", "")[:400])
+         ", ".join(f"{key} {value:g}" for key, value in s.get("gpu", {}).items()), short(s.get("error", "")))
         for s in results["steps"]))
+
+
+def short(error):
+    """Its beginning and its end."""
+    return error if len(error) <= 400 else f"{error[:80]} … {error[-300:]}"
 
 
 def with_unit(row):
