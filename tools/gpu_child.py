@@ -2,6 +2,7 @@
 
 import os
 import queue
+import shutil
 import signal
 import statistics
 import subprocess
@@ -66,6 +67,14 @@ def told(errors, said):
     return f": {text[-TAIL:]}" if text else ""
 
 
+def number(text):
+    """None for what the card does not tell."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 class Watch:
     """Memory, clock, power and temperature of the first GPU, read every half second where nvidia-smi is."""
 
@@ -74,30 +83,36 @@ class Watch:
 
     def __init__(self):
         self.samples, self.child = [], None
-        try:
-            self.child = subprocess.Popen(
-                ["nvidia-smi", "--id=0", f"--query-gpu={self.QUERY}", "--format=csv,noheader,nounits",
-                 f"--loop-ms={round(1000 * POLL)}"],
-                text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
-            )
-        except OSError:
+        if not shutil.which("nvidia-smi"):
             return
-        threading.Thread(target=self._read, daemon=True).start()
+        # To a terminal a program writes each line at once.
+        screen, terminal = os.openpty()
+        self.child = subprocess.Popen(
+            ["nvidia-smi", "--id=0", f"--query-gpu={self.QUERY}", "--format=csv,noheader,nounits",
+             f"--loop-ms={round(1000 * POLL)}"],
+            stdin=subprocess.DEVNULL, stdout=terminal, stderr=subprocess.DEVNULL, start_new_session=True,
+        )
+        os.close(terminal)
+        threading.Thread(target=self._read, args=(os.fdopen(screen),), daemon=True).start()
 
-    def _read(self):
-        for line in self.child.stdout:
-            try:
-                self.samples.append([float(value) for value in line.split(",")])
-            except ValueError:  # [N/A]
-                continue
+    def _read(self, screen):
+        try:
+            for line in screen:
+                values = [number(value) for value in line.split(",")]
+                if len(values) == len(self.KEYS):
+                    self.samples.append(values)
+        except OSError:  # the terminal is closed once the program has ended
+            pass
 
     def since(self, mark):
         """Most of each, and the median clock, in the samples after `mark` (a count of samples)."""
         samples = self.samples[mark:]
         if not samples:
             return {}
-        most = {f"{key}_max": max(column) for key, column in zip(self.KEYS, zip(*samples))}
-        return most | {"sm_mhz_median": statistics.median(row[1] for row in samples)}
+        columns = {key: [v for v in column if v is not None] for key, column in zip(self.KEYS, zip(*samples))}
+        most = {f"{key}_max": max(column) for key, column in columns.items() if column}
+        clocks = columns["sm_mhz"]
+        return most | ({"sm_mhz_median": statistics.median(clocks)} if clocks else {})
 
     def close(self):
         if self.child:

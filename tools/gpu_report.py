@@ -147,7 +147,7 @@ def markdown(results):
     yield "## Targets"
     yield ""
     yield from table(("", "what", "value", "gate", "ambitious", "met", ""), (
-        (r["metric"], r["name"], f"{figure(r['value'])} {r['unit']}".strip(), bound(r, "gate"), bound(r, "ambitious"),
+        (r["metric"], r["name"], with_unit(r), bound(r, "gate"), bound(r, "ambitious"),
          r["met"] or "–", r["note"]) for r in results["rows"]))
     yield ""
     yield "## Correctness"
@@ -170,8 +170,17 @@ def markdown(results):
     yield ""
     yield from table(("part", "step", "outcome", "seconds", "GPU", "error"), (
         (s["part"], s["name"], s["status"], figure(s.get("seconds")),
-         ", ".join(f"{key} {value:g}" for key, value in s.get("gpu", {}).items()), s.get("error", "")[:400])
+         ", ".join(f"{key} {value:g}" for key, value in s.get("gpu", {}).items()), short(s.get("error", "")))
         for s in results["steps"]))
+
+
+def short(error):
+    """Its beginning and its end."""
+    return error if len(error) <= 400 else f"{error[:80]} … {error[-300:]}"
+
+
+def with_unit(row):
+    return figure(row["value"]) if row["value"] is None else f"{row['value']:.4g} {row['unit']}".strip()
 
 
 def bound(row, key):
