@@ -54,6 +54,8 @@ pack() {
 }
 
 cd "$here"
+commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
+[[ -z $(git status --porcelain 2>/dev/null) ]] || commit+=", changed"
 programs=(tools/cuda_build.sh --cudnn --bins)
 tests=(tools/cuda_build.sh --cudnn --tests)
 if [[ -n $rehearse ]]; then
@@ -72,8 +74,6 @@ pack gpu "$gpu"
 python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
   --dest "$new/wheels" "${wheels[@]}"
 
-commit=$(git rev-parse HEAD 2>/dev/null || echo unknown)
-[[ -z $(git status --porcelain 2>/dev/null) ]] || commit+=", changed"
 python3 - "$new" "$commit" "$here" "$most" <<'END'
 import json, sys
 from pathlib import Path

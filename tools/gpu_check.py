@@ -31,7 +31,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import gpu_report
-from gpu_child import Failed, Watch, lines, stop
+from gpu_child import TAIL, Failed, Watch, lines, stop
 from gpu_steps import Setting, steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,14 +67,15 @@ def environment(site):
     env = dict(os.environ)
     for name, values in (("PYTHONPATH", [str(site)]), ("LD_LIBRARY_PATH", libraries())):
         env[name] = ":".join(filter(None, [*values, env.get(name)]))
-    env |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "RUST_BACKTRACE": "1"}
+    env |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     env.pop("RAYON_NUM_THREADS", None)
     return env
 
 
 def machine(env):
     """What this machine is."""
-    facts = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    facts = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+             "python": platform.python_version()}
     fields = {"card": "name", "driver": "driver_version", "memory": "memory.total", "sm clock at most": "clocks.max.sm",
               "memory clock at most": "clocks.max.mem", "power limit": "power.limit"}
     code = ("import importlib.metadata as m, json\nfound = {}\n"
@@ -140,7 +141,8 @@ class Run:
         self.results["steps"].append(note)
         limit = min(step.seconds, self.left())
         if limit < step.least:
-            note |= {"status": "skipped", "error": f"{max(0.0, self.left()):.0f} s are left, it takes {step.least:.0f} s"}
+            left = max(0.0, self.left())
+            note |= {"status": "skipped", "error": f"{left:.0f} s are left, it takes {step.least:.0f} s"}
             self.save()
             return
         self.save()
@@ -210,34 +212,51 @@ def main():
         link_root(manifest["root"])
         setting = Setting(args, place / "bin", Path(large) / "sdxl")
         watch = Watch()
-        maker = None
+        checkpoint = None
         try:
             if args.parts & {2, 3, 4} and not args.rehearse:
-                # Made beside part 1, in which nothing is timed.
-                log = open(place / "checkpoint.log", "w")
-                maker = subprocess.Popen(setting.checkpoint_command(), env=env, stdout=log, stderr=log,
-                                         start_new_session=True)
+                checkpoint = Checkpoint(setting.checkpoint_command(), env, place / "checkpoint.log")
             for step in steps(setting):
                 if step.part not in args.parts:
                     continue
-                if step.part > 1 and maker and maker.poll() is None:
-                    await_checkpoint(maker, run)
+                if step.part > 1 and checkpoint:
+                    checkpoint.finish(run)
+                    checkpoint = None
                 run.step(step, env, watch)
         finally:
-            if maker and maker.poll() is None:
-                stop(maker)
+            if checkpoint:
+                checkpoint.close()
             watch.close()
             run.save()
     print(f"gpu_check: {args.out / 'results.md'}")
     sys.exit(0 if run.ended_well() else 1)
 
 
-def await_checkpoint(maker, run):
-    """Until the random checkpoint is there; steps that miss it say so themselves."""
-    try:
-        maker.wait(max(1.0, min(120.0, run.left())))
-    except subprocess.TimeoutExpired:
-        stop(maker)
+class Checkpoint:
+    """The random checkpoint, made beside part 1, in which nothing is timed."""
+
+    def __init__(self, command, env, log):
+        self.log, self.began = log, time.monotonic()
+        with open(log, "w") as said:
+            self.child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+                                          start_new_session=True)
+
+    def finish(self, run):
+        """Waits for it and notes how it went; steps that miss it say so themselves."""
+        note = {"part": 2, "name": "random weights of SDXL's shape", "status": "ok"}
+        try:
+            if self.child.wait(max(1.0, min(120.0, run.left()))):
+                note |= {"status": "failed", "error": self.log.read_text()[-TAIL:]}
+        except subprocess.TimeoutExpired:
+            note |= {"status": "failed", "error": "took too long"}
+        finally:
+            self.close()
+        run.results["steps"].append(note | {"seconds": time.monotonic() - self.began})
+        run.save()
+
+    def close(self):
+        if self.child.poll() is None:
+            stop(self.child)
 
 
 def link_root(built):

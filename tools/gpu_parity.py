@@ -26,11 +26,12 @@ from speed_check import expected, inputs, outputs, relative_error
 
 SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler")
 COMPONENTS = ("hidden_states", "pooled", "noise_pred", "decoded", "encoded_mean")
-LIMITS = {"f32": 1e-3, "f16": 1e-2, "bf16": 1e-2}
+# PyTorch's own bf16 is 1.1e-2 off in the shipped model's `pooled`.
+LIMITS = {"f32": 1e-3, "f16": 1e-2, "bf16": 2e-2}
 # Five guided steps enlarge what one evaluation differs by.
 TRAJECTORY_LIMITS = {"f32": 1e-3, "f16": 5e-2, "bf16": 5e-2}
-# Of PyTorch's own error in bf16.
-SLACK = 1.5
+# Of PyTorch's own error in bf16, and what is allowed however small that is.
+SLACK, FLOORS = 1.5, {"f32": 1e-3, "bf16": 1e-2}
 LEAST_PSNR = 40.0
 
 
@@ -127,7 +128,7 @@ def against_torch(args):
         ours = outputs(args.program, str(args.model), given, *flags(args.device, dtype))
         for name, tensor in reference.items():
             report(f"against PyTorch in f32, {dtype}: {name}", relative_error(ours[name], tensor),
-                   max(limit_of(name, dtype), allowed.get(name, 0.0)))
+                   max(FLOORS[dtype], allowed.get(name, 0.0)))
 
 
 def main():
