@@ -15,6 +15,7 @@ pub mod op_workload;
 pub mod options;
 pub mod parity;
 pub mod parity_cmd;
+mod peak_memory;
 mod placement;
 pub mod plan_cmd;
 pub mod plot;

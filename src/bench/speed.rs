@@ -9,6 +9,7 @@ use anyhow::Context;
 use serde::Serialize;
 
 use super::op_workload;
+use super::peak_memory::PeakMemory;
 use super::placement::PlacementArgs;
 use super::stats::quantile;
 use super::train_workload::Training;
@@ -176,24 +177,6 @@ fn row(args: &Args, name: &str, about: About, f: u64, work: &mut Work) -> Result
         f,
         peak_rss_bytes: peak.bytes(),
     })
-}
-
-/// The most memory of this process since a moment, where Linux tells.
-struct PeakMemory;
-
-impl PeakMemory {
-    fn start() -> Self {
-        // Forgets the peak so far: that of reading the weights. Where it cannot, it stays.
-        drop(std::fs::write("/proc/self/clear_refs", "5"));
-        Self
-    }
-
-    fn bytes(&self) -> Option<u64> {
-        let status = std::fs::read_to_string("/proc/self/status").ok()?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-        let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-        Some(kib * 1024)
-    }
 }
 
 /// Seconds of one run.
