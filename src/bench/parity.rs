@@ -8,7 +8,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
 
-use super::peak_memory::PeakMemory;
+use super::process::{PeakMemory, cpu_seconds_since, cpu_time};
 use crate::diffusion::config::SchedulerConfig;
 use crate::diffusion::denoiser::{Conditioning, Denoiser, TextCond};
 use crate::diffusion::guidance::Guided;
@@ -134,6 +134,8 @@ pub struct Stage {
     /// `load`, `text` or the output.
     pub stage: &'static str,
     pub seconds: f64,
+    /// Of all threads; absent where the platform does not tell.
+    pub cpu_seconds: Option<f64>,
     /// The process's most memory during it; absent where the platform does not tell.
     pub peak_rss_bytes: Option<u64>,
 }
@@ -148,12 +150,16 @@ impl Stages<'_> {
         device: &Device,
         work: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
-        let (start, peak) = (Instant::now(), PeakMemory::start());
+        let (start, cpu, peak) = (Instant::now(), cpu_time(), PeakMemory::start());
         let made = work()?;
         // A GPU is still at work when the call returns.
         device.synchronize()?;
-        let seconds = start.elapsed().as_secs_f64();
-        (self.0)(&Stage { stage, seconds, peak_rss_bytes: peak.bytes() });
+        (self.0)(&Stage {
+            stage,
+            seconds: start.elapsed().as_secs_f64(),
+            cpu_seconds: cpu_seconds_since(cpu),
+            peak_rss_bytes: peak.bytes(),
+        });
         Ok(made)
     }
 }

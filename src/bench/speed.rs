@@ -3,14 +3,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context;
 use serde::Serialize;
 
 use super::op_workload;
-use super::peak_memory::PeakMemory;
 use super::placement::PlacementArgs;
+use super::process::{PeakMemory, cpu_seconds_since, cpu_time};
 use super::stats::quantile;
 use super::train_workload::Training;
 use super::workload::{Piece, Work, Workload};
@@ -190,9 +190,7 @@ fn sample(args: &Args, long: bool, work: &mut Work) -> Result<Vec<Sample>> {
         let (start, cpu) = (Instant::now(), cpu_time());
         // A GPU is still at work when the call returns.
         work()?.device().synchronize()?;
-        let (wall, end) = (start.elapsed().as_secs_f64(), cpu_time());
-        let cpu = end.zip(cpu).map(|(end, start)| end.saturating_sub(start).as_secs_f64());
-        Ok(Sample { wall, cpu })
+        Ok(Sample { wall: start.elapsed().as_secs_f64(), cpu: cpu_seconds_since(cpu) })
     };
     let warm_up = once()?.wall;
     let slow = long && warm_up > args.seconds / LEAST_RUNS as f64;
@@ -205,17 +203,6 @@ fn sample(args: &Args, long: bool, work: &mut Work) -> Result<Vec<Sample>> {
         samples.push(once()?);
     }
     Ok(samples)
-}
-
-/// Processor time of this process so far, all threads.
-fn cpu_time() -> Option<Duration> {
-    #[cfg(unix)]
-    {
-        use rustix::time::{ClockId, clock_gettime};
-        Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).ok()
-    }
-    #[cfg(not(unix))]
-    None
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

@@ -1,4 +1,6 @@
-//! The most memory that this process had at a time.
+//! What this process took: memory and processor time.
+
+use std::time::Duration;
 
 /// The most memory of this process since a moment, where Linux tells.
 pub struct PeakMemory;
@@ -16,4 +18,20 @@ impl PeakMemory {
         let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
         Some(kib * 1024)
     }
+}
+
+/// Processor time of this process so far, all threads.
+pub fn cpu_time() -> Option<Duration> {
+    #[cfg(unix)]
+    {
+        use rustix::time::{ClockId, clock_gettime};
+        Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).ok()
+    }
+    #[cfg(not(unix))]
+    None
+}
+
+/// Processor seconds since `start`, of [`cpu_time`].
+pub fn cpu_seconds_since(start: Option<Duration>) -> Option<f64> {
+    cpu_time().zip(start).map(|(end, start)| end.saturating_sub(start).as_secs_f64())
 }
