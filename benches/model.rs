@@ -37,7 +37,7 @@ fn all(criterion: &mut Criterion) -> diffusion_sharpening::Result<()> {
         let mut work = workload.prepare(piece)?;
         let mut failed = None;
         let mut group = criterion.benchmark_group("model");
-        if piece == Piece::Image {
+        if matches!(piece, Piece::Images { .. }) {
             group.sample_size(10);
         }
         group.bench_function(name, |b| {

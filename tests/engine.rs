@@ -312,6 +312,31 @@ fn refusals_name_the_field() {
 }
 
 #[test]
+fn what_memory_cannot_hold_is_refused_before_it_runs() {
+    let (_dir, engine) = engine();
+    let engine = engine.with_memory(1 << 30);
+    let large = GenerateRequest { width: Some(4096), height: Some(4096), ..request() };
+    for (request, fits) in [
+        (request(), true),
+        (large.clone(), false),
+        (GenerateRequest { guidance_scale: Some(1.0), ..large }, false),
+    ] {
+        match engine.plan(&request) {
+            Ok(planned) => assert!(fits, "{:?} was planned", planned.resolved),
+            Err(error) => {
+                assert!(!fits && matches!(error, Error::InsufficientMemory(_)), "{error}");
+                let parts = ["4096 x 4096 px", "there is 1.000 GiB", "U-Net forward"];
+                assert_names(&error.to_string(), &parts);
+            }
+        }
+    }
+    assert_eq!(run(&engine, &request()).images.len(), 1);
+    // Less than the weights take.
+    let error = refusal(&engine.with_memory(1 << 10), &request());
+    assert!(matches!(error, Error::InsufficientMemory(_)), "{error}");
+}
+
+#[test]
 fn a_cancelled_request_stops() {
     let (_dir, engine) = engine();
     let cancelled = CancelToken::default();

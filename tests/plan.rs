@@ -298,6 +298,21 @@ fn a_budget_chooses_the_largest_schedule() {
     assert!(recomputed.schedule.recompute, "{recomputed}");
     let message = fit(24).unwrap_err().to_string();
     assert!(message.contains("moments, f32 (19.129 GiB): train a LoRA"), "{message}");
+    assert!(message.starts_with("insufficient memory: 1024 x 1024 px take at least"), "{message}");
+}
+
+/// A tile of 1024 x 1024 px and the finished image, once more while it is joined.
+#[test]
+fn large_images_are_planned_in_tiles() {
+    let decode = |width, height| {
+        let setting = Setting::one_image(width, height, DType::BF16, true);
+        let plan = MemoryPlan::new(&sdxl(), &setting, whole(&setting), H100).unwrap();
+        plan.bytes(Item::VaeDecode)
+    };
+    let untiled = decode(1024, 1024);
+    assert_eq!(decode(2048, 1536) - untiled, 2 * 3 * 4 * 2048 * 1536);
+    assert_eq!(decode(4096, 4096) - untiled, 2 * 3 * 4 * 4096 * 4096);
+    assert!(decode(4608, 256) < untiled / 2, "a tile is no larger than the image");
 }
 
 #[test]
@@ -344,7 +359,10 @@ fn the_command_prints_and_refuses() {
     for (arguments, message) in [
         (&["--rank", "4"][..], "rank: means nothing in mode Infer"),
         (&["-m", "3"], "m: means nothing in mode Infer"),
-        (&["--mode", "full", "--budget-gib", "0.01"], "budget: the smallest schedule takes"),
+        (
+            &["--mode", "full", "--budget-gib", "0.01"],
+            "insufficient memory: 64 x 64 px take at least",
+        ),
         (&["--budget-gib", "-1"], "unexpected argument"),
         (&["--tflops", "0"], "tflops: expected a positive number"),
         (&["--budget-gib", "1", "--recompute"], "cannot be used with"),

@@ -270,6 +270,38 @@ fn a_failing_backend_is_a_problem_without_internals_and_the_thread_lives() {
 }
 
 #[test]
+fn too_little_memory_is_a_problem_of_its_own_and_the_thread_lives() {
+    let server = server();
+    let answer = server.post(json!({"prompt": "huge", "steps": 1}));
+    assert_eq!(answer.header("retry-after"), "");
+    let never = json!({
+        "type": "urn:problem-type:diffusion-sharpening:insufficient-memory",
+        "title": "The work does not fit the device's memory",
+        "status": 422,
+        "detail": "insufficient memory: 2048 x 2048 px take at least 12.345 GiB, there is \
+                   8.000 GiB",
+    });
+    assert_eq!(answer.problem(422).1, never);
+    assert_eq!(server.metric("ds_rejections_total{reason=\"insufficient-memory\"}"), 1.0);
+    for _ in 0..3 {
+        let answer = server.post(json!({"prompt": "crowded", "steps": 1}));
+        let now = json!({
+            "type": "urn:problem-type:diffusion-sharpening:out-of-memory",
+            "title": "The device has no memory left for now",
+            "status": 503,
+            "detail": "out of memory in the U-Net: make smaller images",
+        });
+        assert_eq!(answer.problem(503).1, now);
+        let seconds: u64 = answer.header("retry-after").parse().unwrap();
+        assert!((1..=600).contains(&seconds), "{seconds}");
+    }
+    assert_eq!(server.post(json!({"prompt": "a", "steps": 1})).status, 200);
+    assert_eq!(server.get("/readyz").status, 200);
+    let failed = "ds_generations_total{method=\"plain\",outcome=\"failed\"}";
+    assert_eq!(server.metric(failed), 3.0);
+}
+
+#[test]
 fn work_is_admitted_by_its_forwards() {
     let limits = Settings { max_request_f: 500, queue_f: 300, ..settings() };
     let server = server_with(limits, Fake::default());

@@ -384,6 +384,12 @@ fn the_engine_serves_single_files() {
     assert_eq!(ids, ["folder", "small"]);
     assert_ne!(run(&with, None), plain);
     assert_ne!(with.models()[1].sha256, engine.models()[1].sha256);
+    // The same in a folder.
+    assert_eq!(with.models()[0].sha256, engine.models()[0].sha256);
+    let (from, to) = ("small.vae.safetensors", "folder/vae.safetensors");
+    std::fs::copy(dir.path().join(from), dir.path().join(to)).unwrap();
+    let with = Engine::open(dir.path(), &Placement::cpu(DType::F32)).unwrap();
+    assert_ne!(with.models()[0].sha256, engine.models()[0].sha256);
     common::copy_dir(&fixtures().join("parity/ddim_tiny"), &dir.path().join("small"));
     let Err(error) = Engine::open(dir.path(), &Placement::cpu(DType::F32)) else {
         panic!("two models of one name")

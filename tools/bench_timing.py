@@ -18,10 +18,21 @@ def set_threads(threads):
     torch.set_num_interop_threads(1)
 
 
+def on_gpu():
+    """Whether this process uses one."""
+    import torch
+
+    return torch.cuda.is_initialized()
+
+
 def timed(work):
-    """Seconds on the clock, and of processor time of all threads."""
+    """Seconds on the clock until a GPU is done too, and of processor time of all threads."""
     start, cpu = time.perf_counter(), time.process_time()
     work()
+    if on_gpu():
+        import torch
+
+        torch.cuda.synchronize()
     return time.perf_counter() - start, time.process_time() - cpu
 
 
@@ -42,6 +53,10 @@ def repeated(work, runs, seconds, long=False):
 
     `least` is 3, and 1 for work that may be `long` where three would not fit.
     """
+    if on_gpu():
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
     warm_up, samples = timed(work)[0], []
     least = 1 if long and warm_up > seconds / LEAST_RUNS else LEAST_RUNS
     began = time.perf_counter()
@@ -66,4 +81,6 @@ def row(name, samples, latent, tokens, forwards):
         "tokens": tokens,
         "f": forwards,
         "peak_rss_bytes": peak_rss(),
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if on_gpu() else None,
+        "kernel_launches": None,  # told by Rust alone
     }

@@ -7,8 +7,10 @@
 
 The counterpart of `ds-bench speed --json`: the same work under the same names, one JSON line a
 measurement with the same keys (and the versions). tools/compare_speed.py runs both alternately.
-All in f32 on the CPU, eager mode, at the model's own size (unet sample_size; --latent H W for
-another). The suites are
+In f32 on the CPU, eager mode, at the model's own size (unet sample_size; --latent H W for
+another), unless --device, --dtype, --vae-dtype and --compile say otherwise (operations: CPU only).
+--compile goes through torch.compile: `blocks` compiles the U-Net's transformer blocks, which is
+quick, `whole` the U-Net as one. The suites are
 
 model, without gradients:
   unet_forward_b1/b2/b8  one U-Net forward of that batch (no guidance)
@@ -16,6 +18,9 @@ model, without gradients:
   text_encode            one prompt's ids through both towers
   image_50_steps         text encoding (one prompt, zero null prompt), 50 steps of
                          the checkpoint's scheduler at guidance 5 (F = 100), decode
+  and by name only       unet_forward_b16, vae_decode_b8, images_20_steps_b8 (20 steps, 8 images
+                         of one prompt), adapter_switch (another LoRA of rank 16 made the one in
+                         use), load (the checkpoint from its files)
 train, batches of 1 and 4:
   unet_forward_b1/b4     as above
   unet_forward_backward_lora_b1/b4, _full_b1/b4
@@ -37,7 +42,9 @@ most where --only names a single piece.
 import argparse
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import bench_torch_ops
 import bench_torch_train
@@ -50,6 +57,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 MODEL_PIECES = (
     "unet_forward_b1", "unet_forward_b2", "unet_forward_b8", "vae_decode_b1", "text_encode", "image_50_steps",
 )
+BY_NAME = "unet_forward_b16", "vae_decode_b8", "images_20_steps_b8", "adapter_switch", "load"
 SUITES = {
     "model": list(MODEL_PIECES),
     "train": ["unet_forward_b1", "unet_forward_b4", *TRAINING],
@@ -62,7 +70,7 @@ LIMITS = {"model": (10, 30.0), "train": (10, 30.0), "ops": (300, 1.0)}
 
 def chosen(suite, only):
     """Names to measure, in order; KeyError with a message where `only` names none of the suite's."""
-    known = SUITES[suite] if suite else list(dict.fromkeys(sum(SUITES.values(), [])))
+    known = SUITES[suite] if suite else list(dict.fromkeys([*sum(SUITES.values(), []), *BY_NAME]))
     if not only:
         return SUITES[suite or "model"]
     wanted = only.split(",")
@@ -71,10 +79,23 @@ def chosen(suite, only):
     return [name for name in known if name in wanted]
 
 
+DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the networks are, and in which numbers."""
+
+    device: str = "cpu"
+    dtype: str = "f32"
+    vae_dtype: str = "f32"
+    compile: Optional[str] = None
+
+
 class Workload:
     """A checkpoint with fixed inputs and the pieces of work that are measured."""
 
-    def __init__(self, model, latent=None):
+    def __init__(self, model, latent=None, placement=Placement()):
         import diffusers
         import torch
         import transformers
@@ -82,13 +103,11 @@ class Workload:
         for lib in (diffusers, transformers):
             lib.utils.logging.set_verbosity_error()
             lib.utils.logging.disable_progress_bar()
-        folder = Path(model)
-        no_tokenizer = {} if (folder / "tokenizer").exists() else {"tokenizer": None, "tokenizer_2": None}
-        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, add_watermarker=False, **no_tokenizer
-        )
+        self.torch, self.folder, self.placement = torch, Path(model), placement
+        self.device = torch.device(placement.device)
+        self.dtype, self.vae_dtype = (getattr(torch, DTYPES[d]) for d in (placement.dtype, placement.vae_dtype))
+        self.pipe = pipe = self.load()
         pipe.set_progress_bar_config(disable=True)
-        self.torch, self.pipe = torch, pipe
         self.versions = {"torch": torch.__version__, "diffusers": diffusers.__version__,
                          "transformers": transformers.__version__}
         self.unet, self.vae = pipe.unet.eval(), pipe.vae.eval()
@@ -106,18 +125,41 @@ class Workload:
         words = torch.randint(3, vocab - 2, (min(9, self.tokens - 2),), generator=self.generator).tolist()
         row = [vocab - 2, *words, vocab - 1]
         self.ids = [torch.tensor([row + [padding] * (self.tokens - len(row))]) for padding in (vocab - 1, 0)]
+        self.ids = [row.to(self.device) for row in self.ids]
+        if placement.compile == "blocks":
+            self.unet.compile_repeated_blocks(dynamic=False)
+        elif placement.compile == "whole":
+            # Not the module: its hook is to stay outside.
+            self.unet.forward = torch.compile(self.unet.forward, dynamic=False)
         self.forwards = 0
         self.unet.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def load(self):
+        """The checkpoint from its files, in place."""
+        import diffusers
+
+        names = () if (self.folder / "tokenizer").exists() else ("tokenizer", "tokenizer_2")
+        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(
+            self.folder, dtype=self.dtype, local_files_only=True, add_watermarker=False, **dict.fromkeys(names)
+        )
+        pipe.to(self.device)
+        pipe.vae.to(self.vae_dtype)
+        if self.device.type == "cuda":  # what its convolutions are fastest on
+            pipe.unet.to(memory_format=self.torch.channels_last)
+            pipe.vae.to(memory_format=self.torch.channels_last)
+        return pipe
 
     def _count(self, _module, args, kwargs):
         self.forwards += (args[0] if args else kwargs["sample"]).shape[0]
 
     def latents(self, batch):
-        return self.torch.randn(batch, self.unet.config.in_channels, *self.latent, generator=self.generator)
+        shape = batch, self.unet.config.in_channels, *self.latent
+        return self.torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
     def time_ids(self, batch):
         full = [side * self.factor for side in self.latent]
-        return self.torch.tensor([[*full, 0, 0, *full]], dtype=self.torch.float32).repeat(batch, 1)
+        row = self.torch.tensor([[*full, 0, 0, *full]], dtype=self.torch.float32, device=self.device)
+        return row.repeat(batch, 1)
 
     def encode(self, ids=None):
         """Both towers' penultimate states side by side, and the second one's pooled output."""
@@ -132,7 +174,7 @@ class Workload:
             context, pooled = self.encode()
         return {
             "sample": self.latents(batch),
-            "timestep": self.torch.full((batch,), 500),
+            "timestep": self.torch.full((batch,), 500, device=self.device),
             "encoder_hidden_states": context.repeat(batch, 1, 1),
             "added_cond_kwargs": {"text_embeds": pooled.repeat(batch, 1), "time_ids": self.time_ids(batch)},
             "return_dict": False,
@@ -146,9 +188,13 @@ class Workload:
         batch = TRAINING[name].batch
         return bench_torch_train.prepare(TRAINING[name], self.unet, self.inputs(batch), self.latents(batch))
 
-    def decode(self):
-        z = self.latents(1) / self.vae.config.scaling_factor
-        return lambda: self.vae.decode(z, return_dict=False)
+    def decoded(self, latents):
+        """Images of the VAE, about [-1, 1]."""
+        return self.vae.decode(latents.to(self.vae_dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
+
+    def decode(self, batch):
+        z = self.latents(batch)
+        return lambda: self.decoded(z)
 
     def sample(self, context, pooled, latents, steps, guidance, **kwargs):
         """The pipeline from unit noise, with the zero null prompt."""
@@ -164,9 +210,28 @@ class Workload:
             **kwargs,
         )
 
-    def image(self):
-        x = self.latents(1)
-        return lambda: self.sample(*self.encode(), x, 50, 5.0, output_type="pt")
+    def images(self, steps, batch):
+        x = self.latents(batch)
+
+        def run():
+            context, pooled = self.encode()
+            context, pooled = context.repeat(batch, 1, 1), pooled.repeat(batch, 1)
+            latents = self.sample(context, pooled, x, steps, 5.0, output_type="latent").images
+            return (self.decoded(latents) / 2 + 0.5).clamp(0, 1)
+
+        return run
+
+    def adapter_switch(self):
+        """Two adapters are in place and each run makes the other one the one in use."""
+        for name in ("first", "second"):
+            self.unet.add_adapter(bench_torch_train.lora(), name)
+        state = {"other": "first"}
+
+        def run():
+            self.unet.set_adapter(state["other"])
+            state["other"] = "second" if state["other"] == "first" else "first"
+
+        return run
 
     def pieces(self):
         """Name → what sets the piece up and gives it."""
@@ -175,9 +240,14 @@ class Workload:
             "unet_forward_b2": lambda: self.forward(2),
             "unet_forward_b4": lambda: self.forward(4),
             "unet_forward_b8": lambda: self.forward(8),
-            "vae_decode_b1": self.decode,
+            "unet_forward_b16": lambda: self.forward(16),
+            "vae_decode_b1": lambda: self.decode(1),
+            "vae_decode_b8": lambda: self.decode(8),
             "text_encode": lambda: self.encode,
-            "image_50_steps": self.image,
+            "image_50_steps": lambda: self.images(50, 1),
+            "images_20_steps_b8": lambda: self.images(20, 8),
+            "adapter_switch": self.adapter_switch,
+            "load": lambda: self.load,
         } | {name: lambda name=name: self.training(name) for name in TRAINING}
 
     def measure(self, name, runs, seconds):
@@ -192,12 +262,13 @@ class Workload:
 
         try:
             with self.torch.inference_mode(not trains):
-                samples = repeated(once, runs, seconds, long=trains or name == "image_50_steps")
+                samples = repeated(once, runs, seconds, long=trains or name.startswith("image"))
         finally:
-            if trains:
-                bench_torch_train.restore(self.unet)
+            if trains or name == "adapter_switch":
+                bench_torch_train.restore(self.unet, self.dtype)
         versions = self.versions | (bench_torch_train.versions() if trains else {})
-        return row(name, samples, list(self.latent), self.tokens, forwards[0]) | versions
+        setting = {"compile": self.placement.compile} if self.placement.compile else {}
+        return row(name, samples, list(self.latent), self.tokens, forwards[0]) | setting | versions
 
     def flop(self, name):
         """Floating-point operations of a U-Net forward or a training piece: its matrix products,
@@ -237,6 +308,10 @@ def main():
     p.add_argument("--seconds", type=float, help="soft limit for each measurement; default: 30, suite ops: 1")
     p.add_argument("--latent", type=int, nargs=2, metavar=("H", "W"))
     p.add_argument("--only", help="comma-separated names")
+    p.add_argument("--device", default="cpu", help="cpu or cuda:N")
+    p.add_argument("--dtype", choices=DTYPES, default="f32", help="of U-Net and text towers")
+    p.add_argument("--vae-dtype", choices=DTYPES, default="f32")
+    p.add_argument("--compile", choices=("blocks", "whole"), help="through torch.compile")
     args = p.parse_args()
     try:
         names = chosen(args.suite, args.only)
@@ -247,9 +322,14 @@ def main():
     operations = [name for name in names if name in SUITES["ops"]]
     if len(operations) < len(names) and not args.model:
         p.error("--model is needed for all but operations")
+    placement = Placement(args.device, args.dtype, args.vae_dtype, args.compile)
+    if operations and placement != Placement():
+        p.error("operations are measured on the CPU in f32")
+    if placement.compile and TRAINING.keys() & set(names):
+        p.error("training is measured without --compile")
     runs, seconds = LIMITS[args.suite or "model"]
     runs, seconds = args.runs or runs, args.seconds or seconds
-    workload = Workload(args.model, args.latent) if len(operations) < len(names) else None
+    workload = Workload(args.model, args.latent, placement) if len(operations) < len(names) else None
     for name in names:
         source = Operations() if name in operations else workload
         print(json.dumps(source.measure(name, runs, seconds)), flush=True)

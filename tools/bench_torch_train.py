@@ -3,6 +3,8 @@
 LoRA goes onto the projections of every attention, through peft as diffusers' training scripts
 do, with the base weights frozen; `full` trains every parameter. The loss is mean((pred -
 target)^2) at fixed inputs, in f32; with diffusers' gradient checkpointing where the name says recompute.
+Where the networks are bf16 or f16 it is mixed precision as in those scripts: autocast over f32
+weights, or over frozen weights of that type and an f32 adapter.
 """
 
 from dataclasses import dataclass
@@ -43,19 +45,21 @@ def versions():
     return {"peft": peft.__version__}
 
 
-def trained_parameters(unet, lora):
+def lora():
+    """The adapter: both factors random. By default one is zero, and the other's gradient with it."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights=False, target_modules=TARGETS)
+
+
+def trained_parameters(unet, adapted):
     """Adds the adapter where there is to be one; the parameters that get gradients."""
     import torch
 
-    unet.requires_grad_(not lora)
-    if lora:
-        from peft import LoraConfig
-
+    unet.requires_grad_(not adapted)
+    if adapted:
         torch.manual_seed(0)
-        # False: both factors random. By default one is zero, and the other's gradient with it.
-        unet.add_adapter(LoraConfig(
-            r=RANK, lora_alpha=RANK, init_lora_weights=False, target_modules=TARGETS,
-        ))
+        unet.add_adapter(lora())
     return [p for p in unet.parameters() if p.requires_grad]
 
 
@@ -63,7 +67,11 @@ def prepare(piece, unet, inputs, target):
     """What does the piece once on `unet`, whose keyword arguments are `inputs`, and gives the loss."""
     import torch
 
+    stored = unet.dtype
+    if not piece.lora:
+        unet.float()
     parameters = trained_parameters(unet, piece.lora)
+    mixed = torch.autocast(target.device.type, stored, enabled=stored != torch.float32)
     if piece.recompute:
         unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(parameters, **ADAM) if piece.optimise else None
@@ -72,8 +80,9 @@ def prepare(piece, unet, inputs, target):
         if optimizer is None:
             for parameter in parameters:
                 parameter.grad = None
-        prediction = unet(**inputs)[0]
-        loss = torch.nn.functional.mse_loss(prediction, target)
+        with mixed:
+            prediction = unet(**inputs)[0]
+        loss = torch.nn.functional.mse_loss(prediction.float(), target.float())
         loss.backward()
         if optimizer is not None:
             optimizer.step()
@@ -83,11 +92,11 @@ def prepare(piece, unet, inputs, target):
     return run
 
 
-def restore(unet):
-    """Takes the adapter, the gradients and checkpointing off again."""
+def restore(unet, dtype):
+    """Takes adapters, gradients and checkpointing off again."""
     unet.disable_gradient_checkpointing()
     if getattr(unet, "_hf_peft_config_loaded", False):
         unet.unload_lora()
     for parameter in unet.parameters():
         parameter.grad = None
-    unet.requires_grad_(False)
+    unet.requires_grad_(False).to(dtype)

@@ -5,17 +5,19 @@
 #
 # - the crate, its tests and its benches with the features cuda and cudnn, with
 #   no warning from clippy;
-# - each kernel of this crate for each architecture, with what ptxas says about
-#   registers that spill to memory (shown, not refused).
+# - each kernel of this crate compiled for each architecture, without registers
+#   that spill, and run on the CPU against references (tools/kernel_check.sh);
+# - tests/gpu, that is every operation with its gradients, networks, training
+#   passes and images, on libraries that stand in for NVIDIA's and execute on the
+#   CPU (tools/cuda_emulator).
 #
-# Installs the compiler from PyPI into target/cuda-toolkit unless CUDA_HOME is
-# set. Does nothing where nothing has changed since the last success.
+# Installs CUDA from PyPI into target/cuda-toolkit unless CUDA_HOME is set. Does
+# nothing where nothing has changed since the last success.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 kernels=quick
-toolkit=(--compiler)
-readonly architectures=(80 86 89 90)
+toolkit=()
 
 say() { echo "cuda_check: $*"; }
 
@@ -31,13 +33,13 @@ fingerprint() {
   } | sha256sum
 }
 
-# compile FILE ARCHITECTURE
-compile() {
-  local out
-  out=$(mktemp)
-  echo "$1 sm_$2"
-  "$CUDA_HOME/bin/nvcc" -std=c++17 -O3 -cubin -arch="sm_$2" -Xptxas -warn-spills -o "$out" "$1"
-  rm "$out"
+# The GPU's tests on a machine without one. The libraries of the emulator come
+# first, for linking and for running.
+emulated_tests() {
+  local emulator=$target/cuda-emulator
+  tools/cuda_emulator/build.sh "$emulator"
+  LIBRARY_PATH=$emulator:$LIBRARY_PATH LD_LIBRARY_PATH=$emulator CARGO_TARGET_DIR=$target/cuda \
+    cargo test --release --features cuda,cudnn --test gpu
 }
 
 main() {
@@ -56,12 +58,8 @@ main() {
   export CARGO_TARGET_DIR=$target
   cargo clippy --release --all-targets --features cuda,cudnn -- -D warnings
 
-  if [[ -d src/nn/cuda/kernels ]]; then
-    export -f compile
-    for file in src/nn/cuda/kernels/*.cu; do
-      printf '%s\n' "${architectures[@]/#/$file }"
-    done | xargs -P "$(nproc)" -L 1 bash -euo pipefail -c 'compile "$0" "$1" 2>&1'
-  fi
+  BUILD_DIR=$target/kernel_check tools/kernel_check.sh
+  emulated_tests
   echo "$want" >"$passed"
   say "passed"
 }

@@ -85,10 +85,14 @@ part() {
 }
 
 # Every library of a part in the toolkit's lib, under its own name and under the
-# one that a linker looks for.
+# one that a linker looks for, and its headers in the toolkit's include.
 link_libraries() {
   local from file base
   for from in "$@"; do
+    for file in "$from"/include/*; do
+      base=$(basename "$file")
+      [[ -e $home/include/$base ]] || ln -sfn "$file" "$home/include/$base"
+    done
     for file in "$from"/lib/lib*.so.*; do
       base=$(basename "$file")
       [[ $from == "$home" ]] || ln -sfn "$file" "$home/lib/$base"

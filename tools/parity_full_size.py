@@ -164,7 +164,8 @@ def main():
 
     model, theirs, facts = args.dir / "sdxl", args.dir / "reference.safetensors", args.dir / "reference.json"
     if not (model / "model_index.json").is_file():
-        subprocess.run([sys.executable, TOOLS / "random_checkpoint.py", "--shape", "sdxl", "--out", model], check=True)
+        make = [sys.executable, TOOLS / "random_checkpoint.py", "--shape", "sdxl", "--dtype", "bf16", "--out", model]
+        subprocess.run(make, check=True)
     if not (args.keep_reference and facts.is_file()):
         inputs(args.dir / "inputs.safetensors", args.seed)
         stages = Stages()

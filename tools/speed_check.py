@@ -47,24 +47,55 @@ def relative_error(ours, theirs):
 
 def parity(program, model, workload):
     """Relative errors of Rust's outputs on inputs that both sides get."""
-    from safetensors.torch import load_file, save_file
+    given = inputs(workload)
+    ours, theirs = outputs(program, model, given), expected(workload, given)
+    return {name: relative_error(ours[name], tensor) for name, tensor in theirs.items()}
 
-    torch, batch = workload.torch, 2
-    x, timesteps, time_ids = workload.latents(batch), torch.tensor([801, 117]), workload.time_ids(batch)
-    ids = [row.repeat(batch, 1) for row in workload.ids]
+
+def inputs(workload, batch=2):
+    """What `ds-bench parity` takes (docs/parity.md), on the CPU."""
+    import torch
+
+    ids = [row.cpu().repeat(batch, 1) for row in workload.ids]
     ids[0][1, 1], ids[1][1, 1] = ids[0][1, 2], ids[1][1, 2]
     h, w = (side * workload.factor for side in workload.latent)
-    image = torch.rand(batch, 3, h, w, generator=workload.generator) * 2 - 1
-    states = []
+    given = {
+        "latents": workload.latents(batch).float(),
+        "timesteps": torch.tensor([801, 117]),
+        "time_ids": workload.time_ids(batch),
+        "image": torch.rand(batch, 3, h, w, generator=workload.generator) * 2 - 1,
+        "input_ids": ids[0],
+        "input_ids_2": ids[1],
+    }
+    return {name: tensor.cpu().contiguous() for name, tensor in given.items()}
+
+
+def outputs(program, model, given, *flags):
+    """What `ds-bench parity` makes of it."""
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        file, out = f"{folder}/inputs.safetensors", f"{folder}/outputs.safetensors"
+        save_file(given, file)
+        subprocess.run(
+            [program, "parity", "--model", model, "--inputs", file, "--out", out,
+             "--steps", str(CHECK_STEPS), "--guidance", str(CHECK_GUIDANCE), *flags],
+            check=True,
+        )
+        return load_file(out)
+
+
+def expected(workload, given):
+    """What PyTorch makes of it."""
+    torch, states = workload.torch, []
+    given = {name: tensor.to(workload.device) for name, tensor in given.items()}
+    x = given["latents"].to(workload.dtype)
     with torch.inference_mode():
-        context, pooled = workload.encode(ids)
-        cond = {"text_embeds": pooled, "time_ids": time_ids}
-        expected = {
-            "hidden_states": context,
-            "pooled": pooled,
-            "noise_pred": workload.unet(x, timesteps, encoder_hidden_states=context, added_cond_kwargs=cond).sample,
-            "decoded": workload.vae.decode(x / workload.vae.config.scaling_factor).sample,
-        }
+        context, pooled = workload.encode([given["input_ids"], given["input_ids_2"]])
+        cond = {"text_embeds": pooled, "time_ids": given["time_ids"]}
+        noise = workload.unet(x, given["timesteps"], encoder_hidden_states=context, added_cond_kwargs=cond).sample
+        result = {"hidden_states": context, "pooled": pooled, "noise_pred": noise,
+                  "decoded": workload.decoded(given["latents"])}
 
         def keep(_pipe, _step, _t, tensors):
             states.append(tensors["latents"].clone())
@@ -76,16 +107,5 @@ def parity(program, model, workload):
         )
         if len(states) > CHECK_STEPS:  # Heun: a call for each of two evaluations, one in the last step
             states = states[1::2] + states[-1:]
-        expected["trajectory"] = torch.stack(states)
-    with tempfile.TemporaryDirectory() as folder:
-        inputs, outputs = f"{folder}/inputs.safetensors", f"{folder}/outputs.safetensors"
-        given = {"latents": x, "timesteps": timesteps, "time_ids": time_ids, "image": image,
-                 "input_ids": ids[0], "input_ids_2": ids[1]}
-        save_file({name: tensor.contiguous() for name, tensor in given.items()}, inputs)
-        subprocess.run(
-            [program, "parity", "--model", model, "--inputs", inputs, "--out", outputs,
-             "--steps", str(CHECK_STEPS), "--guidance", str(CHECK_GUIDANCE)],
-            check=True,
-        )
-        ours = load_file(outputs)
-    return {name: relative_error(ours[name], tensor) for name, tensor in expected.items()}
+        result["trajectory"] = torch.stack(states)
+    return {name: tensor.float().cpu() for name, tensor in result.items()}

@@ -7,6 +7,7 @@
 //! prompts and images come from ([`prompts`], [`remote`], [`wiring`]), and the
 //! work that is timed ([`workload`], [`train_workload`] and [`op_workload`]).
 
+mod adapter;
 pub mod arm;
 pub mod cell;
 pub mod manifest;

@@ -14,8 +14,8 @@ use crate::Result;
 /// line.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// Checkpoint: a folder in the diffusers layout, or a single file.
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint: a folder in the diffusers layout, or one file in Stability's.
+    #[arg(long, value_name = "MODEL")]
     pub model: PathBuf,
     /// Input tensors.
     #[arg(long, value_name = "FILE")]

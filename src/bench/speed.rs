@@ -6,6 +6,7 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::Context;
+use candle_core::Device;
 use serde::Serialize;
 
 use super::op_workload;
@@ -14,6 +15,7 @@ use super::process::{PeakMemory, cpu_seconds_since, cpu_time};
 use super::stats::quantile;
 use super::train_workload::Training;
 use super::workload::{Piece, Work, Workload};
+use crate::nn::device::Usage;
 use crate::{Error, Result};
 
 /// What rayon and candle read their number of threads from, once, when they start.
@@ -24,8 +26,8 @@ const LEAST_RUNS: usize = 3;
 /// Time the networks, a 50-step image, training steps or single operations.
 ///
 /// On the CPU everything runs in f32; after one warm-up, the median over the runs is reported. Without
-/// --only: one U-Net forward, VAE decode, text encoding and 50-step image. --only also knows
-/// training (unet_forward_backward_lora_b1, train_step_full_b4, …) and single operations
+/// --only: U-Net forwards, one VAE decode, text encoding and 50-step image. --only also knows
+/// larger batches (unet_forward_b16, images_20_steps_b8, …), adapter_switch, load, training (unet_forward_backward_lora_b1, train_step_full_b4, …) and single operations
 /// (op_conv3x3_320_64, op_conv3x3_320_64_train, …); a wrong name lists all. tools/bench_torch.py does the same work in PyTorch, under the same names, and
 /// tools/compare_speed.py runs the two alternately (docs/performance.md).
 #[derive(clap::Args, Clone, Debug)]
@@ -40,7 +42,7 @@ pub struct Args {
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: u32,
     /// Soft limit for each piece: further runs begin only within it, after the first three
-    /// (the first one for image_50_steps where three would not fit).
+    /// (the first one for images where three would not fit).
     #[arg(long, default_value_t = 30.0)]
     pub seconds: f64,
     /// Size of the latents, where it is not to be the model's own.
@@ -75,6 +77,10 @@ pub struct Row {
     /// Most memory that this process had since the piece was prepared; absent where the
     /// platform does not tell.
     pub peak_rss_bytes: Option<u64>,
+    /// The same on a GPU: most memory of its tensors.
+    pub peak_device_bytes: Option<u64>,
+    /// Kernels of this crate that one run launches on a GPU; the libraries' are not counted.
+    pub kernel_launches: Option<u64>,
 }
 
 /// Runs the command. The number of threads is fixed when a process starts, so where the
@@ -132,26 +138,32 @@ pub fn measure(
         let path = path.ok_or_else(|| Error::invalid("model", "expected a folder"))?;
         Workload::open(path, latent, &placement)
     };
-    let usual = Piece::ALL.map(|(name, _)| name);
+    let usual = &Piece::ALL[..Piece::USUAL];
     let wanted = |name: &String| match args.only.as_slice() {
-        [] => usual.contains(&name.as_str()),
+        [] => usual.iter().any(|(usual, _)| usual == name),
         only => only.contains(name),
     };
+    // Open from piece to piece; training has the memory for itself.
+    let mut opened = None;
     for name in known.iter().filter(|name| wanted(name)) {
         if name.starts_with("op_") {
-            report(&row(args, name, None, 0, &mut op_workload::prepare(name, &placement)?)?)?;
+            let mut work = op_workload::prepare(name, &placement)?;
+            report(&row(args, name, None, 0, &placement.device, &mut work)?)?;
             continue;
         }
-        let workload = open()?;
+        let workload = opened.take().map_or_else(open, Ok)?;
         let about = Some((workload.latent(), workload.tokens()));
-        if let Some((_, piece)) = Piece::ALL.iter().find(|(piece, _)| piece == name) {
-            let forwards = workload.forwards(*piece);
-            report(&row(args, name, about, forwards, &mut workload.prepare(*piece)?)?)?;
-        }
         if let Some((_, training)) = Training::ALL.iter().find(|(training, _)| training == name) {
             let path = args.model.as_deref().unwrap_or(Path::new("."));
             let mut work = training.prepare(path, workload, &placement)?;
-            report(&row(args, name, about, training.batch as u64, &mut work)?)?;
+            let f = training.batch as u64;
+            report(&row(args, name, about, f, &placement.device, &mut work)?)?;
+        } else if let Some((_, piece)) = Piece::ALL.iter().find(|(piece, _)| piece == name) {
+            let f = workload.forwards(*piece)?;
+            let mut work = workload.prepare(*piece)?;
+            report(&row(args, name, about, f, &placement.device, &mut work)?)?;
+            drop(work);
+            opened = Some(workload);
         }
     }
     Ok(())
@@ -160,9 +172,18 @@ pub fn measure(
 /// What a model's workload says of itself: height and width of the latents, and tokens.
 type About = Option<((usize, usize), usize)>;
 
-fn row(args: &Args, name: &str, about: About, f: u64, work: &mut Work) -> Result<Row> {
-    let peak = PeakMemory::start();
-    let samples = sample(args, name == "image_50_steps", work)?;
+fn row(
+    args: &Args,
+    name: &str,
+    about: About,
+    f: u64,
+    device: &Device,
+    work: &mut Work,
+) -> Result<Row> {
+    let (peak, usage) = (PeakMemory::start(), Usage::start(device)?);
+    let samples = sample(args, name.starts_with("image"), work)?;
+    // The warm-up is one more.
+    let launches = usage.launches().map(|all| all / (samples.len() as u64 + 1));
     let wall: Vec<f64> = samples.iter().map(|s| s.wall).collect();
     let cpu: Option<Vec<f64>> = samples.iter().map(|s| s.cpu).collect();
     Ok(Row {
@@ -176,6 +197,8 @@ fn row(args: &Args, name: &str, about: About, f: u64, work: &mut Work) -> Result
         tokens: about.map(|(_, tokens)| tokens),
         f,
         peak_rss_bytes: peak.bytes(),
+        peak_device_bytes: usage.peak()?,
+        kernel_launches: launches,
     })
 }
 
@@ -255,13 +278,16 @@ mod tests {
     fn rows_carry_the_names_and_keys_of_the_pytorch_side() {
         let rows = rows_of(&[]);
         let names: Vec<_> = rows.iter().map(|r| r.name.as_str()).collect();
-        assert_eq!(names, Piece::ALL.map(|(name, _)| name));
+        assert_eq!(
+            names,
+            Piece::ALL[..Piece::USUAL].iter().map(|(name, _)| *name).collect::<Vec<_>>()
+        );
         let (script, timing) = (
             include_str!("../../tools/bench_torch.py"),
             include_str!("../../tools/bench_timing.py"),
         );
+        assert!(Piece::ALL.iter().all(|(name, _)| script.contains(&format!("\"{name}\""))));
         for row in &rows {
-            assert!(script.contains(&format!("\"{}\"", row.name)), "{}", row.name);
             assert!(
                 row.runs == 2 && 0.0 < row.seconds_min && row.seconds_min <= row.seconds_median
             );

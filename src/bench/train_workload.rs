@@ -4,20 +4,17 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Var};
 
+use super::adapter::random_adapter;
 use super::workload::{Inputs, Work, Workload};
+use crate::nn::Recompute;
 use crate::nn::device::{Placement, computed};
-use crate::nn::{LowRank, Recompute};
 use crate::sdxl::config::UNetConfig;
-use crate::sdxl::lora::LoraMap;
 use crate::sdxl::{UNet, Weights};
 use crate::train::optimizer::{AdamW, AdamWConfig, Gradients, Missing, Step};
 use crate::{Error, Result};
 
-const RANK: usize = 16;
-/// The projections of every attention.
-const TARGETS: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
 const RATE: f64 = 1e-6;
 
 /// One measured piece: forward and backward of mean((prediction − target)²), and with
@@ -77,8 +74,12 @@ impl Training {
         let stored = if self.lora { placement.weights } else { DType::F32 };
         let weights = Weights::from_folder(&path.join("unet"), stored, &placement.device)?
             .computing_in(computed(placement.weights, &placement.device));
-        let (vars, unet) =
-            if self.lora { with_adapter(&weights, &config)? } else { all(weights, &config)? };
+        let (vars, unet) = if self.lora {
+            let (lora, vars) = random_adapter(&weights, DType::F32)?;
+            (vars, weights.build(Some(&lora), |scope| UNet::load(scope, &config))?)
+        } else {
+            all(weights, &config)?
+        };
         let unet = unet.with_recompute(self.recompute);
         let mut gradients = Gradients::new(&vars, Missing::Refuse)?;
         let optimizer = || AdamW::new(&vars, AdamWConfig::new(RATE));
@@ -112,27 +113,5 @@ fn all(weights: Weights, config: &UNetConfig) -> Result<Trained> {
     let tensors = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
     let weights = Weights::new(tensors, "unet").computing_in(computed);
     let unet = weights.build(None, |scope| UNet::load(scope, config))?;
-    Ok((vars, unet))
-}
-
-/// A random adapter on frozen weights.
-fn with_adapter(weights: &Weights, config: &UNetConfig) -> Result<Trained> {
-    let (mut vars, mut modules) = (BTreeMap::new(), BTreeMap::new());
-    for (name, tensor) in weights.tensors() {
-        let Some(module) = name.strip_suffix(".weight") else { continue };
-        if !TARGETS.iter().any(|target| module.ends_with(&format!(".{target}"))) {
-            continue;
-        }
-        let ((output, input), weights_device) = (tensor.dims2()?, tensor.device());
-        let mut random = |part: &str, shape: (usize, usize)| -> Result<Tensor> {
-            let var = Var::randn(0_f32, 0.02, shape, weights_device)?;
-            let tensor = var.as_tensor().clone();
-            vars.insert(format!("{module}.{part}"), var);
-            Ok(tensor)
-        };
-        let (down, up) = (random("down", (RANK, input))?, random("up", (output, RANK))?);
-        modules.insert(module.to_owned(), LowRank { down, up, scale: 1.0 });
-    }
-    let unet = weights.build(Some(&LoraMap::new(modules)), |scope| UNet::load(scope, config))?;
     Ok((vars, unet))
 }

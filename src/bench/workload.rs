@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
+use super::adapter::random_adapter;
 use crate::diffusion::config::SchedulerConfig;
 use crate::diffusion::cost::Budget;
 use crate::diffusion::denoiser::{Conditioning, NoiseModel, TextCond};
@@ -23,8 +24,7 @@ use crate::sdxl::folder::EncodedText;
 use crate::util::CancelToken;
 use crate::{Error, Result};
 
-/// Steps and guidance of the measured image: the paper's evaluation setting.
-const STEPS: usize = 50;
+/// Guidance of the measured images; with 50 steps it is the paper's evaluation setting.
 const GUIDANCE: f64 = 5.0;
 /// The timestep of the single U-Net forwards.
 const TIMESTEP: f32 = 500.0;
@@ -37,26 +37,37 @@ const KEY: NoiseKey = NoiseKey { seed: 0 };
 pub enum Piece {
     /// One U-Net forward of that batch, without guidance.
     UnetForward(usize),
-    /// One latent to one image tensor.
-    VaeDecode,
+    /// That many latents to image tensors.
+    VaeDecode(usize),
     /// One prompt's token ids through both towers.
     TextEncode,
-    /// Text encoding, 50 guided steps of the checkpoint's scheduler with the zero null
-    /// prompt, VAE decode.
-    Image,
+    /// Text encoding, guided steps of the checkpoint's scheduler with the zero null prompt,
+    /// VAE decode.
+    Images { steps: usize, batch: usize },
+    /// The U-Net with a new adapter on every attention, its factors already in place.
+    AdapterSwitch,
+    /// The checkpoint from its files, which the system has in memory after the first run.
+    Load,
 }
 
 impl Piece {
     /// Every piece with the name it is reported under, in order of measurement.
-    pub const ALL: [(&'static str, Self); 7] = [
+    pub const ALL: [(&'static str, Self); 12] = [
         ("unet_forward_b1", Self::UnetForward(1)),
         ("unet_forward_b2", Self::UnetForward(2)),
         ("unet_forward_b4", Self::UnetForward(4)),
         ("unet_forward_b8", Self::UnetForward(8)),
-        ("vae_decode_b1", Self::VaeDecode),
+        ("vae_decode_b1", Self::VaeDecode(1)),
         ("text_encode", Self::TextEncode),
-        ("image_50_steps", Self::Image),
+        ("image_50_steps", Self::Images { steps: 50, batch: 1 }),
+        ("unet_forward_b16", Self::UnetForward(16)),
+        ("vae_decode_b8", Self::VaeDecode(8)),
+        ("images_20_steps_b8", Self::Images { steps: 20, batch: 8 }),
+        ("adapter_switch", Self::AdapterSwitch),
+        ("load", Self::Load),
     ];
+    /// The first so many of them are measured where none is named.
+    pub const USUAL: usize = 7;
 }
 
 /// The arguments of a U-Net forward.
@@ -74,7 +85,9 @@ pub type Work<'a> = Box<dyn FnMut() -> Result<Tensor> + 'a>;
 /// A checkpoint with fixed inputs, ready to be measured. In f32, without gradients.
 pub struct Workload {
     model: Guided<SdxlModel>,
-    solver: Arc<dyn Solver>,
+    placement: Placement,
+    scheduler: SchedulerConfig,
+    schedule: NoiseSchedule,
     /// One row for each tower.
     ids: [Vec<u32>; 2],
     /// Channels, height and width of the latents.
@@ -96,8 +109,6 @@ impl Workload {
         let scheduler: SchedulerConfig = folder.scheduler()?;
         scheduler.validate().map_err(|e| Error::file(path, format!("scheduler: {e}")))?;
         let schedule = NoiseSchedule::new(&scheduler)?;
-        let solver =
-            SolverSpec::ode(scheduler.default_solver(), &schedule).build(&schedule, STEPS)?;
         let ids = prompt_ids(&folder)?;
         let (width, height) = match latent {
             Some((height, width)) => {
@@ -108,7 +119,7 @@ impl Workload {
         };
         let model = Guided(SdxlModel::new(Arc::new(folder)));
         let latent = model.0.latent_shape(width, height)?;
-        Ok(Self { model, solver, ids, latent })
+        Ok(Self { model, placement: placement.clone(), scheduler, schedule, ids, latent })
     }
 
     /// Height and width of the latents.
@@ -122,12 +133,22 @@ impl Workload {
     }
 
     /// U-Net forwards of one sample in a piece of work.
-    pub fn forwards(&self, piece: Piece) -> u64 {
-        match piece {
+    ///
+    /// # Errors
+    /// When the scheduler does not offer the piece's steps.
+    pub fn forwards(&self, piece: Piece) -> Result<u64> {
+        Ok(match piece {
             Piece::UnetForward(batch) => batch as u64,
-            Piece::VaeDecode | Piece::TextEncode => 0,
-            Piece::Image => 2 * evaluations(self.solver.as_ref(), 0, STEPS) as u64,
-        }
+            Piece::VaeDecode(_) | Piece::TextEncode | Piece::AdapterSwitch | Piece::Load => 0,
+            Piece::Images { steps, batch } => {
+                (2 * batch * evaluations(self.solver(steps)?.as_ref(), 0, steps)) as u64
+            }
+        })
+    }
+
+    fn solver(&self, steps: usize) -> Result<Arc<dyn Solver>> {
+        let kind = self.scheduler.default_solver();
+        SolverSpec::ode(kind, &self.schedule).build(&self.schedule, steps)
     }
 
     /// Sets up everything that is not part of `piece` and returns the piece itself.
@@ -141,15 +162,31 @@ impl Workload {
                 let Inputs { x, t, context, pooled, sizes } = self.inputs(batch)?;
                 Ok(Box::new(move || folder.unet.forward(&x, &t, &context, &pooled, &sizes)))
             }
-            Piece::VaeDecode => {
-                let z = self.latents(1)?;
+            Piece::VaeDecode(batch) => {
+                let z = self.latents(batch)?;
                 Ok(Box::new(move || folder.vae.decode(&z)))
             }
             Piece::TextEncode => Ok(Box::new(|| Ok(self.text()?.context))),
-            Piece::Image => {
-                let noise = self.latents(1)?;
-                Ok(Box::new(move || self.image(&noise, &Meter::new(Budget::default()))))
+            Piece::Images { steps, batch } => {
+                let (noise, solver) = (self.latents(batch)?, self.solver(steps)?);
+                let run =
+                    move || self.images(&noise, solver.as_ref(), &Meter::new(Budget::default()));
+                Ok(Box::new(run))
             }
+            Piece::AdapterSwitch => {
+                let weights = &folder.unet_weights;
+                let (lora, _) = random_adapter(weights, weights.computed())?;
+                Ok(Box::new(move || {
+                    folder.unet_with(&lora)?;
+                    let (_, factors) = lora.iter().next().ok_or_else(no_weights)?;
+                    Ok(factors.down.clone())
+                }))
+            }
+            Piece::Load => Ok(Box::new(|| {
+                let loaded = ModelFolder::open(&folder.path, &self.placement)?;
+                let tensors = loaded.unet_weights.tensors();
+                tensors.values().next().cloned().ok_or_else(no_weights)
+            })),
         }
     }
 
@@ -176,8 +213,9 @@ impl Workload {
         self.model.0.folder().unet_config.clone()
     }
 
-    /// One image in [0, 1] from unit noise, as a server would make it, short of 8 bits.
-    fn image(&self, noise: &Tensor, meter: &Meter) -> Result<Tensor> {
+    /// Images in [0, 1] from unit noise, all of one prompt, as a server would make them, short
+    /// of 8 bits.
+    fn images(&self, noise: &Tensor, solver: &dyn Solver, meter: &Meter) -> Result<Tensor> {
         let text = self.text()?;
         let positive = TextCond {
             context: text.context.get(0)?.contiguous()?,
@@ -195,13 +233,14 @@ impl Workload {
             guidance_scale: GUIDANCE,
             guidance_rescale: 0.0,
         };
-        let solver = self.solver.as_ref();
         let cancel = CancelToken::default();
         let denoiser = MeteredDenoiser::new(&self.model, meter);
-        let trajectory = Trajectory { solver, denoiser, micro_batch: 1, cancel: &cancel };
-        let rows = [Row { key: KEY, candidate: 0, cond: &cond }];
+        let batch = noise.dim(0)?;
+        let trajectory = Trajectory { solver, denoiser, micro_batch: batch, cancel: &cancel };
+        let row = |candidate| Row { key: KEY, candidate, cond: &cond };
+        let rows: Vec<Row> = (0..batch as u64).map(row).collect();
         let start = State::start(solver, noise)?;
-        let end = trajectory.run(start, STEPS, &rows, &mut |_| Ok(()))?;
+        let end = trajectory.run(start, solver.steps(), &rows, &mut |_| Ok(()))?;
         let decoded = self.model.0.folder().vae.decode(&end.x)?;
         Ok(decoded.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
     }
@@ -225,6 +264,10 @@ impl Workload {
         let rows: Vec<u64> = (0..batch as u64).collect();
         KEY.normal_rows(Purpose::InitialLatent, 0, &rows, self.latent, self.device())
     }
+}
+
+fn no_weights() -> Error {
+    Error::Weights("the U-Net has no weights, or no attention".to_owned())
 }
 
 /// Start, a few words, end, then each tower's own padding, as long as prompts are for this
@@ -270,16 +313,18 @@ mod tests {
             let w = workload(latent);
             assert_eq!(w.latent(), side);
             let factor = w.model.0.folder().vae.config().factor();
-            let pixels = vec![1, 3, factor * side.0, factor * side.1];
+            let pixels = |batch| vec![batch, 3, factor * side.0, factor * side.1];
             for (name, piece) in Piece::ALL {
                 let got = w.prepare(piece).unwrap()().unwrap();
                 let (shape, f) = match piece {
                     Piece::UnetForward(b) => (vec![b, 4, side.0, side.1], b as u64),
-                    Piece::VaeDecode => (pixels.clone(), 0),
+                    Piece::VaeDecode(b) => (pixels(b), 0),
                     Piece::TextEncode => (vec![1, w.tokens(), 26], 0),
-                    Piece::Image => (pixels.clone(), 100),
+                    Piece::Images { steps, batch } => (pixels(batch), (2 * steps * batch) as u64),
+                    Piece::AdapterSwitch | Piece::Load => (got.dims().to_vec(), 0),
                 };
-                assert_eq!((got.dims(), w.forwards(piece)), (shape.as_slice(), f), "{name}");
+                let forwards = w.forwards(piece).unwrap();
+                assert_eq!((got.dims(), forwards), (shape.as_slice(), f), "{name}");
                 let sum = got.abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
                 assert!(sum.is_finite() && sum > 0.0, "{name}");
             }
@@ -287,10 +332,11 @@ mod tests {
     }
 
     #[test]
-    fn the_image_costs_what_is_said() {
+    fn images_cost_what_is_said() {
         let w = workload(None);
-        let meter = Meter::new(Budget::default());
-        w.image(&w.latents(1).unwrap(), &meter).unwrap();
-        assert_eq!(meter.spent().f, w.forwards(Piece::Image));
+        let (meter, solver) = (Meter::new(Budget::default()), w.solver(3).unwrap());
+        w.images(&w.latents(2).unwrap(), solver.as_ref(), &meter).unwrap();
+        let piece = Piece::Images { steps: 3, batch: 2 };
+        assert_eq!(meter.spent().f, w.forwards(piece).unwrap());
     }
 }

@@ -53,11 +53,11 @@ enum Command {
     /// Takes either layout; a VAE that ds-serve would use in its place goes along. The weights
     /// are in memory meanwhile, in the type that is written.
     Export {
-        /// Checkpoint: a folder in the diffusers layout, or a single .safetensors file.
-        #[arg(long, value_name = "DIR or FILE")]
+        /// Checkpoint: a folder in the diffusers layout, or one file in Stability's.
+        #[arg(long, value_name = "MODEL")]
         model: PathBuf,
         /// The .safetensors file or the folder that is written.
-        #[arg(long, value_name = "FILE or DIR")]
+        #[arg(long, value_name = "PATH")]
         out: PathBuf,
         #[arg(long, value_enum, default_value = "single")]
         format: LayoutArg,

@@ -16,5 +16,6 @@ pub mod packed;
 pub mod schedule;
 pub mod sdxl_model;
 pub mod solver;
+pub mod sparing;
 mod text_cache;
 pub mod trajectory;

@@ -136,10 +136,14 @@ impl NoiseModel for SdxlModel {
             let message = format!("{} timesteps for {} texts", timesteps.len(), text.len());
             return Err(Error::invalid("timesteps", message));
         }
-        threads::within(|| {
+        let output = threads::within(|| {
             let (states, shifts) = self.texts.batch(&self.unet, &timesteps, text)?;
             Ok(self.unet.forward_encoded(x, &states, &shifts)?.to_dtype(DType::F32)?)
-        })
+        });
+        if output.as_ref().is_err_and(Error::is_out_of_memory) {
+            self.texts.clear();
+        }
+        output
     }
 }
 

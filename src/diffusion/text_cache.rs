@@ -64,6 +64,12 @@ impl TextCache {
         Ok((self.join(texts)?, shifts))
     }
 
+    /// Forgets everything, for memory that is needed elsewhere.
+    pub fn clear(&self) {
+        self.texts.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     fn text(&self, unet: &UNet, text: &TextCond) -> Result<Arc<Text>> {
         let key = (text.context.id(), text.pooled.id(), text.time_ids.map(f32::to_bits));
         let lock = || self.texts.lock().unwrap_or_else(PoisonError::into_inner);

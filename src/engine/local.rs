@@ -4,34 +4,37 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use candle_core::Device;
 use serde_json::{Value, json};
 
+use super::memory;
 use super::model::Model;
 use super::request::{CostReport, GenerateRequest, GeneratedImage, Generation, Listing, ModelInfo};
 use super::resolve::{Resolution, request_of, resolve};
 use super::{Backend, Planned, Progress};
 use crate::data::scenes::{Caption, judge::judge};
 use crate::diffusion::cost::Cost;
-use crate::diffusion::denoiser::{Conditioning, NoiseModel, TextCond};
+use crate::diffusion::denoiser::{Conditioning, Denoiser, NoiseModel, TextCond};
 use crate::diffusion::guidance::Guided;
 use crate::diffusion::meter::{Meter, MeteredDecoder, MeteredDenoiser};
 use crate::diffusion::noise::NoiseKey;
 use crate::diffusion::sdxl_model::SdxlModel;
 use crate::diffusion::solver::SolverSpec;
+use crate::diffusion::sparing::{RowLimit, SparingDecoder, SparingDenoiser};
 use crate::nn::device::Placement;
+use crate::nn::device_memory::DeviceMemory;
 use crate::rewards::MeteredVerifier;
 use crate::sdxl::ModelFolder;
 use crate::search::{self, Outcome, SearchEnv, SearchEvent};
 use crate::util::CancelToken;
 use crate::{Error, Result};
 
-/// Latent positions that one model call takes at most, guidance not counted.
-const POSITIONS_AT_ONCE: usize = 1 << 12;
-
 /// Every model of a folder, on one device.
 pub struct Engine {
     models: Vec<Arc<Model>>,
     listed: Vec<ModelInfo>,
+    /// Bytes, where it is not what the device has.
+    memory: Option<u64>,
 }
 
 impl Engine {
@@ -72,7 +75,19 @@ impl Engine {
             opened.push(Arc::new(Model::open(id, &place, placement)?));
         }
         let listed = opened.iter().map(|m| m.info()).collect();
-        Ok(Self { models: opened, listed })
+        Ok(Self { models: opened, listed, memory: None })
+    }
+
+    /// Refuses requests that take more than `bytes` of memory, weights counted, instead of those
+    /// that take more than the device has.
+    #[must_use]
+    pub fn with_memory(self, bytes: u64) -> Self {
+        Self { memory: Some(bytes), ..self }
+    }
+
+    fn resolve(&self, model: &Model, request: &GenerateRequest) -> Result<Resolution> {
+        let all = || DeviceMemory::of(model.base().folder().device()).map(|m| m.total);
+        resolve(model, request, self.memory.or_else(all))
     }
 
     fn model(&self, id: Option<&str>) -> Result<&Arc<Model>> {
@@ -102,7 +117,7 @@ impl Backend for Engine {
 
     fn plan(&self, request: &GenerateRequest) -> Result<Planned> {
         let model = self.model(request.model.as_deref())?;
-        Ok(resolve(model, request)?.planned)
+        Ok(self.resolve(model, request)?.planned)
     }
 
     fn generate(
@@ -112,7 +127,7 @@ impl Backend for Engine {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Generation> {
         let model = self.model(Some(&planned.resolved.model))?;
-        let resolution = resolve(model, &request_of(&planned.resolved))?;
+        let resolution = self.resolve(model, &request_of(&planned.resolved))?;
         let mut run = Run::prepare(model, &resolution, cancel)?;
         for index in 0..planned.resolved.n {
             run.image(index, progress)?;
@@ -128,6 +143,9 @@ struct Run<'a> {
     cancel: &'a CancelToken,
     network: Guided<SdxlModel>,
     cond: Conditioning,
+    /// What memory was found to hold.
+    unet_limit: RowLimit,
+    vae_limit: RowLimit,
     images: Vec<GeneratedImage>,
     cost: Cost,
     trace: Vec<Value>,
@@ -143,22 +161,24 @@ impl<'a> Run<'a> {
         let network = model.network(resolved.adapter.as_deref())?;
         let size = (resolved.width, resolved.height);
         let meter = Meter::new(crate::diffusion::cost::Budget::default());
-        let cond = meter.time("text", || -> Result<Conditioning> {
-            let encode = |text: &str| -> Result<TextCond> {
-                Ok(network.0.encode(&model.tokenizers, &[text], size)?.remove(0))
-            };
-            let negative = match &resolved.negative_prompt {
-                _ if resolved.guidance_scale == 1.0 => None,
-                Some(text) => Some(encode(text)?),
-                None => Some(network.0.null(&model.tokenizers, size)?),
-            };
-            Ok(Conditioning {
-                positive: encode(&resolved.prompt)?,
-                negative,
-                guidance_scale: resolved.guidance_scale,
-                guidance_rescale: resolved.guidance_rescale,
+        let cond = meter
+            .time("text", || -> Result<Conditioning> {
+                let encode = |text: &str| -> Result<TextCond> {
+                    Ok(network.0.encode(&model.tokenizers, &[text], size)?.remove(0))
+                };
+                let negative = match &resolved.negative_prompt {
+                    _ if resolved.guidance_scale == 1.0 => None,
+                    Some(text) => Some(encode(text)?),
+                    None => Some(network.0.null(&model.tokenizers, size)?),
+                };
+                Ok(Conditioning {
+                    positive: encode(&resolved.prompt)?,
+                    negative,
+                    guidance_scale: resolved.guidance_scale,
+                    guidance_rescale: resolved.guidance_rescale,
+                })
             })
-        })?;
+            .map_err(|error| error.during("in the text towers", "free memory of the device"))?;
         let cost = meter.cost();
         Ok(Self {
             model,
@@ -166,6 +186,8 @@ impl<'a> Run<'a> {
             cancel,
             network,
             cond,
+            unet_limit: RowLimit::default(),
+            vae_limit: RowLimit::default(),
             images: Vec::new(),
             cost,
             trace: Vec::new(),
@@ -178,13 +200,16 @@ impl<'a> Run<'a> {
         let seed = resolved.seed.wrapping_add(index.into());
         let meter = Meter::new(resolved.budget);
         let latent_shape = self.network.0.latent_shape(resolved.width, resolved.height)?;
+        let micro_batch = self.micro_batch(latent_shape.1 * latent_shape.2)?;
+        let denoiser = SparingDenoiser::new(&self.network, &self.unet_limit);
+        let decoder = SparingDecoder::new(&self.network.0, &self.vae_limit);
         let (planned, before) = (self.resolution.planned.cost, self.cost.units);
         let mut on_event = |event: SearchEvent| {
             progress(Progress { spent: before + event.spent, planned, event: event.event });
         };
         let mut env = SearchEnv {
-            denoiser: MeteredDenoiser::new(&self.network, &meter),
-            decoder: MeteredDecoder::new(&self.network.0, &meter),
+            denoiser: MeteredDenoiser::new(&denoiser, &meter),
+            decoder: MeteredDecoder::new(&decoder, &meter),
             verifier: MeteredVerifier::new(
                 &self.model.rewards,
                 resolved.reward.as_deref(),
@@ -196,7 +221,7 @@ impl<'a> Run<'a> {
             cond: &self.cond,
             prompt: &resolved.prompt,
             latent_shape,
-            micro_batch: (POSITIONS_AT_ONCE / (latent_shape.1 * latent_shape.2)).clamp(1, 32),
+            micro_batch,
             cancel: self.cancel,
             on_event: &mut on_event,
         };
@@ -209,6 +234,18 @@ impl<'a> Run<'a> {
         }
         self.keep(index, seed, outcome);
         Ok(())
+    }
+
+    /// Images in a model call, by what is free now.
+    fn micro_batch(&self, positions: usize) -> Result<usize> {
+        let resolved = &self.resolution.planned.resolved;
+        let forwards = self.cond.forwards_per_eval();
+        let plan = self.model.memory(resolved.width, resolved.height, forwards == 2)?;
+        let device = match self.network.device() {
+            Device::Cpu => memory::Device::Cpu,
+            device => memory::Device::Gpu(DeviceMemory::of(device)),
+        };
+        Ok(memory::micro_batch(device, plan.as_deref(), positions, forwards as usize))
     }
 
     fn keep(&mut self, index: u32, seed: u64, outcome: Outcome) {
@@ -228,6 +265,10 @@ impl<'a> Run<'a> {
     }
 
     fn finish(self) -> Generation {
+        let retries = self.unet_limit.retries() + self.vae_limit.retries();
+        if retries > 0 {
+            tracing::info!(retries, "finished with less memory than was planned with");
+        }
         Generation {
             images: self.images,
             cost: CostReport { planned: self.resolution.planned.cost, actual: self.cost },

@@ -2,6 +2,7 @@
 //! `serve` and `bench` reach everything below through this floor.
 
 pub mod local;
+mod memory;
 pub mod model;
 pub mod request;
 mod resolve;
@@ -40,9 +41,14 @@ pub trait Backend: Send + Sync {
     /// Resolves defaults, checks every field and predicts the cost; runs nothing.
     ///
     /// # Errors
-    /// `Error::Invalid` / `Error::Unknown` name the field; `Error::Budget` says what would be needed.
+    /// `Error::Invalid` / `Error::Unknown` name the field; `Error::Budget` and
+    /// `Error::InsufficientMemory` say what would be needed.
     fn plan(&self, request: &GenerateRequest) -> Result<Planned>;
     /// Runs a planned request.
+    ///
+    /// # Errors
+    /// `Error::Cancelled`; `Error::OutOfMemory` when others hold the memory that it needs, after
+    /// which everything works as before; the models'.
     fn generate(
         &self,
         planned: &Planned,

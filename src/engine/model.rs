@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::DType;
+
 use super::request::{ModelInfo, ModelRef};
 use crate::data::scenes::Split;
 use crate::diffusion::config::SchedulerConfig;
@@ -15,6 +17,7 @@ use crate::nn::device::Placement;
 use crate::rewards::{RewardSet, registry};
 use crate::sdxl::folder::OpenOptions;
 use crate::sdxl::lora::Adapters;
+use crate::sdxl::plan::{H100, MemoryPlan, Networks, Schedule, Setting};
 use crate::sdxl::{ClipTokenizer, ModelFolder};
 use crate::{Error, Result};
 
@@ -23,6 +26,9 @@ pub const DEFAULT_STEPS: u32 = 50;
 pub const DEFAULT_GUIDANCE: f64 = 5.0;
 /// Example prompts offered to callers.
 const EXAMPLES: usize = 24;
+
+/// Memory plans that are kept.
+const PLANS: usize = 256;
 
 /// A loaded checkpoint with everything that generation needs.
 pub struct Model {
@@ -36,6 +42,11 @@ pub struct Model {
     adapters: Vec<(String, PathBuf)>,
     /// Networks with an adapter in place; they share the base weights.
     adapted: Mutex<HashMap<String, SdxlModel>>,
+    networks: Networks,
+    /// The type in which they are stored.
+    weights: DType,
+    /// Of the sizes asked for lately: width, height, guided.
+    plans: Mutex<HashMap<(u32, u32, bool), Arc<MemoryPlan>>>,
 }
 
 impl Model {
@@ -60,8 +71,11 @@ impl Model {
             schedule: NoiseSchedule::new(&scheduler)?,
             rewards: registry::for_model(path)?,
             adapters: adapter_files(&ModelFolder::adapters_of(path))?,
+            networks: folder.networks(),
+            weights: placement.weights,
             base: SdxlModel::new(Arc::new(folder)),
             adapted: Mutex::default(),
+            plans: Mutex::default(),
         })
     }
 
@@ -85,6 +99,30 @@ impl Model {
         })?;
         adapted.insert(name.to_owned(), model.clone());
         Ok(Guided(model))
+    }
+
+    /// What one image of this size takes; nothing for f64, which only checks gradients.
+    ///
+    /// # Errors
+    /// When the networks cannot make that size.
+    pub fn memory(&self, width: u32, height: u32, guided: bool) -> Result<Option<Arc<MemoryPlan>>> {
+        if self.weights == DType::F64 {
+            return Ok(None);
+        }
+        let size = (width, height, guided);
+        let lock = || self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = lock().get(&size) {
+            return Ok(Some(known.clone()));
+        }
+        let setting = Setting::one_image(width as usize, height as usize, self.weights, guided);
+        let one = Schedule { micro_batch: 1, recompute: false };
+        let made = Arc::new(MemoryPlan::new(&self.networks, &setting, one, H100)?);
+        let mut plans = lock();
+        if plans.len() >= PLANS {
+            plans.clear();
+        }
+        plans.insert(size, made.clone());
+        Ok(Some(made))
     }
 
     /// The file of an adapter.

@@ -25,9 +25,16 @@ pub struct Resolution {
     pub solver: SolverKind,
 }
 
+/// `memory`: bytes that there are in all, where that is known.
+///
 /// # Errors
-/// `Error::Invalid` and `Error::Unknown` name the field; `Error::Budget` has the numbers.
-pub fn resolve(model: &Model, request: &GenerateRequest) -> Result<Resolution> {
+/// `Error::Invalid` and `Error::Unknown` name the field; `Error::Budget` and
+/// `Error::InsufficientMemory` have the numbers.
+pub fn resolve(
+    model: &Model,
+    request: &GenerateRequest,
+    memory: Option<u64>,
+) -> Result<Resolution> {
     let (name, params) = method_of(request.method.as_ref());
     let method = method(&name)?;
     let (width, height) = size(model, request)?;
@@ -37,6 +44,11 @@ pub fn resolve(model: &Model, request: &GenerateRequest) -> Result<Resolution> {
     let n = within("n", request.n.map(u64::from), 1, 1..=MOST_IMAGES.into())? as u32;
     let guidance_scale =
         within("guidance_scale", request.guidance_scale, DEFAULT_GUIDANCE, 0.0..=100.0)?;
+    if let Some(bytes) = memory
+        && let Some(plan) = model.memory(width, height, guidance_scale != 1.0)?
+    {
+        plan.ensure_fits(bytes)?;
+    }
     let guidance_rescale = within("guidance_rescale", request.guidance_rescale, 0.0, 0.0..=1.0)?;
     let solver = match &request.solver {
         Some(name) => name.parse()?,

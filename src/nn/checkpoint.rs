@@ -3,9 +3,8 @@
 
 use candle_core::{Tensor, Var, bail};
 
-use super::autograd::{Graph, attach, recording, summed, wanted};
-use super::kernel::{View, dispatch};
-use crate::{Error, Result};
+use super::autograd::{Graph, attach_storage, recording, summed, wanted};
+use crate::Result;
 
 /// What a network keeps for its gradients.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,10 +57,7 @@ fn gradients(
         }
     }
     let (variables, mut found) = recording(Graph::Now, || {
-        let y = f(&given).map_err(|e| match e {
-            Error::Tensor(e) => e,
-            other => candle_core::Error::wrap(other),
-        })?;
+        let y = f(&given)?;
         let dy = dy.clone();
         // A scalar whose gradient with respect to y is dy.
         let zero = Tensor::zeros((), y.dtype(), y.device())?;
@@ -91,15 +87,13 @@ fn gradients(
     Ok(gradients)
 }
 
-/// [`attach`] for values that a tensor holds, which are copied.
+/// [`attach_storage`] for values that a tensor holds, which are copied.
 fn attached(
     values: &Tensor,
     inputs: &[&Tensor],
     backward: impl Fn(&Tensor) -> candle_core::Result<Vec<Tensor>> + Send + Sync + 'static,
 ) -> candle_core::Result<Tensor> {
     let values = values.contiguous()?;
-    dispatch!(values.dtype(), T => {
-        let copy = View::<T>::of(&values)?.to_vec();
-        attach(copy, values.shape().clone(), inputs, backward)
-    })
+    let storage = values.storage_and_layout().0.try_clone(values.layout())?;
+    attach_storage(storage, values.shape(), inputs, backward)
 }

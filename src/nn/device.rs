@@ -189,6 +189,52 @@ pub fn computed(stored: DType, device: &Device) -> DType {
     }
 }
 
+/// What a stretch of work asked of a GPU.
+#[derive(Debug)]
+pub struct Usage {
+    device: Device,
+    launches: u64,
+}
+
+impl Usage {
+    /// Begins to count. Peaks are one to a device: of two at a time the later one counts.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn start(device: &Device) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = device {
+            super::cuda::forget_peak(device)?;
+        }
+        Ok(Self { device: device.clone(), launches: launches() })
+    }
+
+    /// Most bytes that tensors took on the GPU, those of the weights among them; none on the CPU.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn peak(&self) -> Result<Option<u64>> {
+        match &self.device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Ok(Some(super::cuda::peak_memory(device)?)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Launches of this crate's kernels, not of the libraries'; none on the CPU.
+    pub fn launches(&self) -> Option<u64> {
+        self.device.is_cuda().then(|| launches() - self.launches)
+    }
+}
+
+/// Of this process so far.
+fn launches() -> u64 {
+    #[cfg(feature = "cuda")]
+    return super::cuda::launches();
+    #[cfg(not(feature = "cuda"))]
+    0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -217,6 +263,12 @@ mod tests {
         assert_eq!(computed(small.weights, &small.device), DType::F32);
         let error = placed(NumberChoice::Auto, NumberChoice::Bf16).unwrap_err();
         assert!(error.to_string().contains("vae_dtype"), "{error}");
+    }
+
+    #[test]
+    fn the_cpu_has_no_use_of_a_gpu() {
+        let usage = Usage::start(&Device::Cpu).unwrap();
+        assert_eq!((usage.peak().unwrap(), usage.launches()), (None, None));
     }
 
     #[cfg(not(feature = "cuda"))]

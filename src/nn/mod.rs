@@ -18,6 +18,7 @@ pub mod conv;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod device;
+pub mod device_memory;
 pub mod embedding;
 mod flash;
 pub mod gemm;

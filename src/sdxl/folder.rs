@@ -11,8 +11,9 @@ use super::clip_text::ClipText;
 use super::config::{ClipTextConfig, UNetConfig, read_json};
 use super::lora::LoraMap;
 use super::lora_names::AdapterNames;
+use super::plan::{Networks, default_size};
 use super::single_config::Configs;
-use super::single_file::{Networks, SingleFile, parse};
+use super::single_file::{SingleFile, parse};
 use super::tokenizer::ClipTokenizer;
 use super::unet::UNet;
 use super::vae::Vae;
@@ -110,6 +111,7 @@ impl Parts {
             vae: component_config(path, vae)?,
             text: [component_config(path, first)?, component_config(path, second)?],
         };
+        networks.announce(path, dtypes[0], device)?;
         let read = |i: usize| Weights::from_folder(&path.join(PARTS[i].0), dtypes[i], device);
         Ok(Self {
             single: None,
@@ -133,7 +135,8 @@ impl ModelFolder {
     /// one `.safetensors` file in Stability's.
     ///
     /// # Errors
-    /// Names the folder or file that is missing or does not fit.
+    /// Names the folder or file that is missing or does not fit. `Error::InsufficientMemory`
+    /// before weights are read that the device cannot hold.
     pub fn open(path: &Path, placement: &Placement) -> Result<Self> {
         Self::open_with(path, placement, &OpenOptions::default())
     }
@@ -384,11 +387,17 @@ impl ModelFolder {
 
     /// Default image width and height in pixels.
     pub fn default_size(&self) -> (u32, u32) {
-        let side = |i: usize| {
-            let latent = self.unet_config.sample_size.as_ref().and_then(|s| s.at(i)).unwrap_or(128);
-            (latent * self.vae.config().factor()) as u32
-        };
-        (side(1), side(0))
+        let (width, height) = default_size(&self.unet_config, self.vae.config());
+        (width as u32, height as u32)
+    }
+
+    /// The networks' configurations.
+    pub fn networks(&self) -> Networks {
+        Networks {
+            unet: self.unet_config.clone(),
+            vae: self.vae.config().clone(),
+            text: [self.text_1.config().clone(), self.text_2.config().clone()],
+        }
     }
 
     /// SHA-256 over all weight files, in name order of their components.

@@ -9,10 +9,10 @@ use candle_core::{DType, Device, Tensor};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::config::{ClipTextConfig, UNetConfig, VaeConfig};
 use super::folder::ModelFolder;
 use super::key_names::{self, FUSED, NameMap};
 use super::lora_names::with_text_model;
+use super::plan::Networks;
 use super::single_config::{Configs, Shapes};
 use super::tensor_file::{self, Entry, TensorFile};
 use super::weights::{Weights, each, is_buffer, place};
@@ -157,15 +157,9 @@ pub fn present_name(name: &str) -> String {
     format!("{stem}mid_block.attentions.0.{layer}.{kind}")
 }
 
-/// A checkpoint's configurations, read.
-#[derive(Clone, Debug)]
-pub struct Networks {
-    pub unet: UNetConfig,
-    pub vae: VaeConfig,
-    pub text: [ClipTextConfig; 2],
-}
-
 impl Networks {
+    /// A checkpoint's configurations, read.
+    ///
     /// # Errors
     /// Names the component and the field that is wrong.
     pub fn of(configs: &Configs) -> Result<Self, String> {
@@ -213,6 +207,7 @@ pub struct SingleFile {
 impl SingleFile {
     /// # Errors
     /// Names, as the file does, what is missing or does not belong to SDXL.
+    /// `Error::InsufficientMemory` before weights are read that the device cannot hold.
     pub fn read(path: &Path, dtypes: [DType; 4], device: &Device) -> Result<Self> {
         let fail = |message: String| Error::file(path, message);
         let file = TensorFile::open(path)?;
@@ -228,12 +223,16 @@ impl SingleFile {
         };
         let networks = Networks::of(&configs).map_err(fail)?;
         let names = networks.file_names()?;
+        networks.announce(path, dtypes[0], device)?;
         // A tensor's key, and in the folder layout its component and what it is there.
         let read = |key: String| -> Result<(String, Option<(usize, Tensors)>)> {
             let part = PREFIXES.iter().position(|prefix| key.starts_with(prefix));
             let Some(i) = part else { return Ok((key, None)) };
             let found = names[i].to_folder(&key, &file.read(&key, device)?)?;
-            let laid = |(name, tensor)| Ok((name, place(tensor, dtypes[i])?));
+            let laid = |(name, tensor)| {
+                let laid = place(tensor, dtypes[i]).map_err(|e| Error::tensor_file(path, e))?;
+                Ok((name, laid))
+            };
             let laid = found.map(|all| all.into_iter().map(laid).collect::<Result<Tensors>>());
             Ok((key, laid.transpose()?.map(|tensors| (i, tensors))))
         };

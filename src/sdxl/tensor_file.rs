@@ -200,7 +200,7 @@ impl TensorFile {
         }
         let view = TensorView::new(info.dtype, info.shape.clone(), &bytes);
         let view = view.map_err(|e| fail(format!("'{name}': {e}")))?;
-        view.load(device).map_err(|e| fail(format!("'{name}': {e}")))
+        view.load(device).map_err(|e| Error::tensor_file(&self.path, e))
     }
 }
 

@@ -53,6 +53,20 @@ pub(super) struct Plan {
 }
 
 impl Bounds {
+    /// The largest tile, in pixels, of an image [H, W] that is worked on in tiles.
+    pub(super) fn tile(
+        &self,
+        config: &VaeConfig,
+        (height, width): (usize, usize),
+    ) -> Option<(usize, usize)> {
+        let side = config.tile_latents() * config.factor();
+        let tiled = match self.tiling {
+            Tiling::Off => false,
+            Tiling::Above(pixels) => height * width > pixels && height.max(width) > side,
+        };
+        tiled.then(|| (height.min(side), width.min(side)))
+    }
+
     /// For images [B, H, W, ·] in pixels.
     pub(super) fn plan(
         &self,
@@ -61,14 +75,9 @@ impl Bounds {
         (height, width): (usize, usize),
         number_bytes: usize,
     ) -> Plan {
-        let side = config.tile_latents() * config.factor();
-        let tiled = match self.tiling {
-            Tiling::Off => false,
-            Tiling::Above(pixels) => height * width > pixels && height.max(width) > side,
-        };
-        let tiles = tiled.then(|| Tiles::of(config, direction));
-        let (down, across) =
-            if tiled { (height.min(side), width.min(side)) } else { (height, width) };
+        let tile = self.tile(config, (height, width));
+        let tiles = tile.map(|_| Tiles::of(config, direction));
+        let (down, across) = tile.unwrap_or((height, width));
         // What goes in or comes out, once as it was and once in another layout.
         let image = 2 * config.out_channels.max(config.in_channels) * height * width;
         let activations =

@@ -349,7 +349,7 @@ pub fn load(path: &Path, dtype: DType, device: &Device) -> Result<HashMap<String
     let file = TensorFile::open(path)?;
     each(file.names(), device, |name| {
         let tensor = place(file.read(&name, device)?, dtype);
-        Ok((name, tensor.map_err(|e| Error::file(path, e))?))
+        Ok((name, tensor.map_err(|e| Error::tensor_file(path, e))?))
     })
 }
 

@@ -142,7 +142,7 @@ impl Metrics {
         for unit in ["f", "v", "y", "l"] {
             metrics.units.with_label_values(&[unit]);
         }
-        for reason in ["queue-full", "budget", "not-ready", "draining"] {
+        for reason in ["queue-full", "budget", "insufficient-memory", "not-ready", "draining"] {
             metrics.rejections.with_label_values(&[reason]);
         }
         for phase in ["queued", "running"] {

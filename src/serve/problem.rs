@@ -22,15 +22,17 @@ pub enum Kind {
     InvalidValue,
     UnknownName,
     Budget,
+    InsufficientMemory,
     QueueFull,
     Internal,
+    OutOfMemory,
     NotReady,
     Draining,
 }
 
 impl Kind {
     /// All of them, for documentation and tests.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::MalformedJson,
         Self::InvalidBody,
         Self::NotFound,
@@ -41,8 +43,10 @@ impl Kind {
         Self::InvalidValue,
         Self::UnknownName,
         Self::Budget,
+        Self::InsufficientMemory,
         Self::QueueFull,
         Self::Internal,
+        Self::OutOfMemory,
         Self::NotReady,
         Self::Draining,
     ];
@@ -63,8 +67,12 @@ impl Kind {
             Self::InvalidValue => (422, "invalid-value", "A value cannot be used"),
             Self::UnknownName => (422, "unknown-name", "Nothing is registered under this name"),
             Self::Budget => (422, "budget", "The work does not fit its budget"),
+            Self::InsufficientMemory => {
+                (422, "insufficient-memory", "The work does not fit the device's memory")
+            }
             Self::QueueFull => (429, "queue-full", "The queue is full"),
             Self::Internal => (500, "internal", "The server failed"),
+            Self::OutOfMemory => (503, "out-of-memory", "The device has no memory left for now"),
             Self::NotReady => (503, "not-ready", "The server is not ready yet"),
             Self::Draining => (503, "draining", "The server is shutting down"),
         }
@@ -174,6 +182,8 @@ impl From<Error> for Problem {
                 problem.field = Some("budget".to_owned());
                 problem
             }
+            Error::InsufficientMemory(_) => Self::new(Kind::InsufficientMemory, error.to_string()),
+            Error::OutOfMemory { .. } => Self::new(Kind::OutOfMemory, error.to_string()),
             // Only a stopping server cancels work whose client still waits.
             Error::Cancelled => Self::new(
                 Kind::Draining,

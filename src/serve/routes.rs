@@ -66,8 +66,14 @@ async fn generate(
     payload: web::Payload,
 ) -> Result<HttpResponse, Problem> {
     admit_and_run(shared.clone(), request, payload).await.inspect_err(|problem| {
-        if matches!(problem.kind, Kind::QueueFull | Kind::Budget | Kind::NotReady | Kind::Draining)
-        {
+        if matches!(
+            problem.kind,
+            Kind::QueueFull
+                | Kind::Budget
+                | Kind::InsufficientMemory
+                | Kind::NotReady
+                | Kind::Draining
+        ) {
             shared.metrics.rejected(problem.kind.slug());
         }
     })

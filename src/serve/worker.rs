@@ -79,9 +79,15 @@ fn run(shared: &Shared, job: &Job, start: Instant, queue_seconds: f64) -> Reply 
     match result {
         Ok(body) => Ok(Done { id, body, queue_seconds, seconds }),
         Err(Failure::Error(error)) => {
-            let cancelled = matches!(error, Error::Cancelled);
-            let problem = Problem::from(error);
-            Err(if cancelled { problem.retry_after(10) } else { problem })
+            let retry_after = match &error {
+                Error::Cancelled => Some(10),
+                Error::OutOfMemory { cause, .. } => {
+                    tracing::error!(id, %cause, "{error}");
+                    Some(shared.queue.stats().retry_after)
+                }
+                _ => None,
+            };
+            Err(Problem { retry_after, ..Problem::from(error) })
         }
         Err(Failure::Internal(message)) => {
             Err(Problem::internal(format!("generation {id}: {message}")))

@@ -13,10 +13,16 @@ use super::low_rank;
 
 pub type Vars = BTreeMap<String, Var>;
 
-/// The U-Net of a checkpoint, and the variables in it.
+/// The U-Net of a checkpoint on the CPU, and the variables in it.
 pub fn unet(model: &Path, lora: bool) -> (Vars, UNet) {
+    unet_on(model, lora, &Device::Cpu, DType::F32)
+}
+
+/// The same on any device, computing in any type.
+pub fn unet_on(model: &Path, lora: bool, device: &Device, computed: DType) -> (Vars, UNet) {
     let config: UNetConfig = read_json(&model.join("unet/config.json")).unwrap();
-    let weights = Weights::from_folder(&model.join("unet"), DType::F32, &Device::Cpu).unwrap();
+    let weights = Weights::from_folder(&model.join("unet"), DType::F32, device).unwrap();
+    let weights = weights.computing_in(computed);
     if lora { adapted(&weights, &config) } else { whole(&weights, &config) }
 }
 
@@ -24,7 +30,8 @@ fn whole(weights: &Weights, config: &UNetConfig) -> (Vars, UNet) {
     let var = |(name, t): (&String, &Tensor)| (name.clone(), Var::from_tensor(t).unwrap());
     let vars: Vars = weights.tensors().iter().map(var).collect();
     let tensors = vars.iter().map(|(k, v)| (k.clone(), v.as_tensor().clone())).collect();
-    let unet = Weights::new(tensors, "unet").build(None, |s| UNet::load(s, config)).unwrap();
+    let weights = Weights::new(tensors, "unet").computing_in(weights.computed());
+    let unet = weights.build(None, |s| UNet::load(s, config)).unwrap();
     (vars, unet)
 }
 
@@ -36,7 +43,8 @@ fn adapted(weights: &Weights, config: &UNetConfig) -> (Vars, UNet) {
     for (i, (name, tensor)) in names.into_iter().enumerate().step_by(2) {
         let module = name.strip_suffix(".weight").unwrap();
         let (down, up) = low_rank(i as u64, tensor.dims(), 2);
-        let (down, up) = (Var::from_tensor(&down).unwrap(), Var::from_tensor(&up).unwrap());
+        let var = |t: &Tensor| Var::from_tensor(&t.to_device(tensor.device()).unwrap()).unwrap();
+        let (down, up) = (var(&down), var(&up));
         let adapter =
             LowRank { down: down.as_tensor().clone(), up: up.as_tensor().clone(), scale: 0.5 };
         modules.insert(module.to_owned(), adapter);

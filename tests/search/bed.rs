@@ -1,10 +1,9 @@
 //! A sampling environment whose model has a closed form.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Tensor};
-use diffusion_sharpening::Result;
 use diffusion_sharpening::diffusion::cost::{Budget, Units};
 use diffusion_sharpening::diffusion::denoiser::{Conditioning, NoiseModel, TextCond};
 use diffusion_sharpening::diffusion::gmm::{GaussianMixture, GmmModel};
@@ -14,16 +13,37 @@ use diffusion_sharpening::diffusion::noise::NoiseKey;
 use diffusion_sharpening::diffusion::packed::{PackedDecoder, unpack};
 use diffusion_sharpening::diffusion::schedule::NoiseSchedule;
 use diffusion_sharpening::diffusion::solver::{SolverKind, SolverSpec};
+use diffusion_sharpening::diffusion::sparing::{RowLimit, SparingDenoiser};
 use diffusion_sharpening::rewards::{MeteredVerifier, Reward, RewardSet};
 use diffusion_sharpening::search::{self, EnvSpec, Outcome, Plan, SearchEnv, SearchEvent};
 use diffusion_sharpening::util::CancelToken;
+use diffusion_sharpening::{Error, Result};
 use image::RgbImage;
 use serde_json::{Map, Value};
 
-/// Counts the rows it is asked for.
+/// Counts the rows it is asked for, and has memory for some of them at a time.
 pub struct Counting {
     pub model: GmmModel,
     pub rows: AtomicU64,
+    pub most: AtomicUsize,
+    /// Of every call, refused ones too.
+    pub calls: Mutex<Vec<usize>>,
+}
+
+/// As candle reports that a GPU is full.
+#[derive(Debug)]
+struct Full;
+
+impl std::fmt::Display for Full {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")")
+    }
+}
+
+impl std::error::Error for Full {}
+
+pub fn full() -> Error {
+    candle_core::Error::Cuda(Box::new(Full)).bt().into()
 }
 
 impl NoiseModel for Counting {
@@ -36,6 +56,10 @@ impl NoiseModel for Counting {
     }
 
     fn forward(&self, x: &Tensor, t: &Tensor, text: &[&TextCond]) -> Result<Tensor> {
+        self.calls.lock().unwrap().push(text.len());
+        if text.len() > self.most.load(Ordering::Relaxed) {
+            return Err(full());
+        }
         self.rows.fetch_add(text.len() as u64, Ordering::Relaxed);
         self.model.forward(x, t, text)
     }
@@ -108,6 +132,8 @@ pub struct Run {
     pub outcome: Outcome,
     pub spent: Units,
     pub events: Vec<SearchEvent>,
+    /// How often there was too little memory.
+    pub retries: usize,
 }
 
 impl Run {
@@ -135,7 +161,12 @@ impl Bed {
     ) -> Self {
         let schedule = NoiseSchedule::sdxl().unwrap();
         let model = GmmModel::new(mixtures, shape, &schedule).unwrap();
-        let counter = Arc::new(Counting { model, rows: AtomicU64::new(0) });
+        let counter = Arc::new(Counting {
+            model,
+            rows: AtomicU64::new(0),
+            most: AtomicUsize::new(usize::MAX),
+            calls: Mutex::default(),
+        });
         Self {
             solver: SolverSpec::ode(SolverKind::Ddim, &schedule),
             schedule,
@@ -199,8 +230,10 @@ impl Bed {
                 self.cancel.cancel();
             }
         };
+        let limit = RowLimit::default();
+        let denoiser = SparingDenoiser::new(&self.model, &limit);
         let mut env = SearchEnv {
-            denoiser: MeteredDenoiser::new(&self.model, &meter),
+            denoiser: MeteredDenoiser::new(&denoiser, &meter),
             decoder: MeteredDecoder::new(&PackedDecoder, &meter),
             verifier: MeteredVerifier::new(&self.rewards, self.searched, &meter)?,
             schedule: &self.schedule,
@@ -215,7 +248,7 @@ impl Bed {
         };
         assert_eq!(env.spec(), self.spec());
         let outcome = search::method(plan.method)?.run(&plan, &mut env, &NoiseKey::new(seed))?;
-        Ok(Run { plan, outcome, spent: meter.spent(), events })
+        Ok(Run { plan, outcome, spent: meter.spent(), events, retries: limit.retries() })
     }
 
     pub fn rows_run(&self) -> u64 {

@@ -2,5 +2,6 @@
 
 mod bed;
 mod gaussian;
+mod memory;
 mod methods;
 mod trajectory;

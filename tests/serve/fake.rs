@@ -1,5 +1,5 @@
 //! A backend without a model: deterministic pictures, exact costs, and prompts
-//! that make it wait, fail or panic.
+//! that make it wait, fail, panic or run out of memory.
 
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex};
@@ -129,6 +129,10 @@ impl Backend for Fake {
         if let Some(reward) = &request.reward {
             known("reward", "reward", reward, &REWARDS)?;
         }
+        if request.prompt.contains("huge") {
+            let message = "2048 x 2048 px take at least 12.345 GiB, there is 8.000 GiB";
+            return Err(Error::InsufficientMemory(message.to_owned()));
+        }
         let steps = request.steps.unwrap_or(20);
         let each = 2 * u64::from(steps);
         let budget = match request.budget {
@@ -200,6 +204,11 @@ impl Fake {
         assert!(!prompt.contains("panic"), "a backend that panics");
         if prompt.contains("broken") {
             return Err(Error::Weights("/a/path: a tensor is missing".to_owned()));
+        }
+        if prompt.contains("crowded") {
+            let cause = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+            let error = Error::from(candle_core::Error::Msg(cause.to_owned()));
+            return Err(error.during("in the U-Net", "make smaller images"));
         }
         let start = std::time::Instant::now();
         let mut spent = Units::default();

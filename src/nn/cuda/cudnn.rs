@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{c_int, c_void};
 use std::mem::zeroed;
 use std::ptr::null_mut;
@@ -85,7 +86,7 @@ struct Library {
 
 impl Drop for Library {
     fn drop(&mut self) {
-        // SAFETY: made in `with_library` and used by nothing else.
+        // SAFETY: made in `Library::new` and used by nothing else.
         let _ = unsafe { result::destroy_handle(self.handle) };
     }
 }
@@ -95,20 +96,9 @@ thread_local! {
 }
 
 fn with_library<R>(device: &CudaDevice, f: impl FnOnce(&mut Library) -> Result<R>) -> Result<R> {
-    LIBRARIES.with_borrow_mut(|libraries| {
-        if !libraries.contains_key(&device.id()) {
-            let stream = device.cuda_stream();
-            stream.context().bind_to_thread().map_err(Error::wrap)?;
-            let handle = wrap(result::create_handle())?;
-            // SAFETY: both are valid; a device keeps its stream.
-            wrap(unsafe { result::set_stream(handle, stream.cu_stream().cast()) })?;
-            let library = Library { handle, plans: HashMap::new(), workspace: None };
-            libraries.insert(device.id(), library);
-        }
-        match libraries.get_mut(&device.id()) {
-            Some(library) => f(library),
-            None => bail!("cuDNN: no handle"),
-        }
+    LIBRARIES.with_borrow_mut(|libraries| match libraries.entry(device.id()) {
+        Entry::Occupied(mut library) => f(library.get_mut()),
+        Entry::Vacant(place) => f(place.insert(Library::new(device)?)),
     })
 }
 
@@ -128,6 +118,7 @@ fn run(conv: &Conv, pass: Pass, [x, weight, y]: [u64; 3]) -> Result<()> {
                 plan
             }
         };
+        super::launch::count();
         let workspace = library.workspace(conv.device, plan.workspace)?;
         let (one, zero) = (1.0_f32, 0.0_f32);
         let (one, zero) = ((&raw const one).cast(), (&raw const zero).cast());
@@ -188,6 +179,16 @@ fn run(conv: &Conv, pass: Pass, [x, weight, y]: [u64; 3]) -> Result<()> {
 }
 
 impl Library {
+    fn new(device: &CudaDevice) -> Result<Self> {
+        let stream = device.cuda_stream();
+        stream.context().bind_to_thread().map_err(Error::wrap)?;
+        let library =
+            Self { handle: wrap(result::create_handle())?, plans: HashMap::new(), workspace: None };
+        // SAFETY: both are valid; a device keeps its stream.
+        wrap(unsafe { result::set_stream(library.handle, stream.cu_stream().cast()) })?;
+        Ok(library)
+    }
+
     /// Memory that this thread's convolutions share: they run one after another.
     fn workspace(&mut self, device: &CudaDevice, bytes: usize) -> Result<*mut c_void> {
         if bytes == 0 {

@@ -55,6 +55,7 @@ pub fn gemm(
     };
     let size = |v: usize| c_int::try_from(v).map_err(candle_core::Error::wrap);
     let blas = device.cublas_handle();
+    super::launch::count();
     // cuBLAS stores columns: row-major operands are transposes to it, and cᵀ = bᵀ · aᵀ.
     // SAFETY: the callers give matrices of these sizes in live device memory; the scalars
     // outlive the call.

@@ -1,7 +1,7 @@
 //! Finding and launching kernels.
 
+use std::cell::Cell;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::{
@@ -13,12 +13,19 @@ use candle_core::{DType, Result, bail};
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
-/// Kernels of this module that this process has launched.
-static LAUNCHES: AtomicU64 = AtomicU64::new(0);
+thread_local! {
+    static LAUNCHES: Cell<u64> = const { Cell::new(0) };
+}
 
-/// Kernels of ours that this process has launched; the libraries' are not among them.
+/// Kernels that the operations of this module have launched on this thread, a library's
+/// product or convolution counted as one; what candle launches by itself is not among them.
 pub fn launches() -> u64 {
-    LAUNCHES.load(Ordering::Relaxed)
+    LAUNCHES.get()
+}
+
+/// Counts one more.
+pub(super) fn count() {
+    LAUNCHES.set(LAUNCHES.get() + 1);
 }
 
 /// Shared memory that a kernel gets without asking.
@@ -133,7 +140,7 @@ pub fn launch(
     // SAFETY: the callers in this module give every kernel the parameters of its declaration,
     // with memory of the sizes that it documents.
     unsafe { builder.launch(config) }.w()?;
-    LAUNCHES.fetch_add(1, Ordering::Relaxed);
+    count();
     Ok(())
 }
 

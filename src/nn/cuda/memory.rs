@@ -22,12 +22,57 @@ pub fn open(ordinal: usize) -> Result<Device> {
 }
 
 fn keep_freed(device: &CudaDevice) -> Result<()> {
-    let mut threshold = u64::MAX;
+    set_pool(device, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)
+}
+
+/// Most bytes that tensors took since [`forget_peak`] or the start; workspaces of cuBLAS and
+/// cuDNN that they take for themselves are not among them.
+///
+/// # Errors
+/// The driver's.
+pub fn peak_memory(device: &CudaDevice) -> Result<u64> {
+    pool(device, PEAK)
+}
+
+/// Counts the peak from the bytes that tensors take now.
+///
+/// # Errors
+/// The driver's.
+pub fn forget_peak(device: &CudaDevice) -> Result<()> {
+    // Any other value than 0 is refused.
+    set_pool(device, PEAK, 0)
+}
+
+const PEAK: sys::CUmemPool_attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+
+/// Free and total bytes of a GPU. What its pool holds and nothing uses is free.
+///
+/// # Errors
+/// The driver's.
+pub fn room(device: &CudaDevice) -> Result<(u64, u64)> {
+    let (free, total) = device.cuda_stream().context().mem_get_info().w()?;
+    let held = pool(device, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+    let used = pool(device, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+    Ok((free as u64 + held.saturating_sub(used), total as u64))
+}
+
+/// An attribute of the device's memory pool.
+fn pool(device: &CudaDevice, attribute: sys::CUmemPool_attribute) -> Result<u64> {
+    let mut value = 0_u64;
     // SAFETY: the pool is the device's own, and the attribute is one 64-bit number.
     unsafe {
         let pool = device::get_default_mem_pool(device.cuda_stream().context().cu_device()).w()?;
-        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        mem_pool::set_attribute(pool, attribute, (&raw mut threshold).cast()).w()
+        mem_pool::get_attribute(pool, attribute, (&raw mut value).cast()).w()?;
+    }
+    Ok(value)
+}
+
+fn set_pool(device: &CudaDevice, attribute: sys::CUmemPool_attribute, value: u64) -> Result<()> {
+    let mut value = value;
+    // SAFETY: the pool is the device's own, and the attribute is one 64-bit number.
+    unsafe {
+        let pool = device::get_default_mem_pool(device.cuda_stream().context().cu_device()).w()?;
+        mem_pool::set_attribute(pool, attribute, (&raw mut value).cast()).w()
     }
 }
 

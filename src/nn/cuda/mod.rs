@@ -18,5 +18,5 @@ pub(super) use attention::{attends, attention};
 pub(super) use elementwise::{activation, geglu};
 pub use launch::launches;
 pub(super) use layer::apply;
-pub use memory::{open, takes};
+pub use memory::{forget_peak, open, peak_memory, room, takes};
 pub(super) use norm::{group_norm, layer_norm};

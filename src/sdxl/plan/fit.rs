@@ -21,9 +21,7 @@ impl MemoryPlan {
         if smallest.peak_bytes > budget && setting.mode.trains() {
             smallest = plan(1, true)?;
         }
-        if smallest.peak_bytes > budget {
-            return Err(smallest.too_large(budget));
-        }
+        smallest.ensure_fits(budget)?;
         let recompute = smallest.schedule.recompute;
         // More samples never take less.
         let (mut fits, mut limit) = (smallest, setting.samples() + 1);
@@ -39,18 +37,26 @@ impl MemoryPlan {
         Ok(fits)
     }
 
-    fn too_large(&self, budget: u64) -> Error {
+    /// # Errors
+    /// `Error::InsufficientMemory` when this plan takes more than `budget` bytes: what takes
+    /// most, and what would help.
+    pub fn ensure_fits(&self, budget: u64) -> Result<()> {
+        if self.peak_bytes <= budget {
+            return Ok(());
+        }
         let then = |line: &&Line| [Phase::Always, self.peak_phase].contains(&line.phase);
         let largest = self.lines.iter().filter(then).max_by_key(|line| line.bytes);
         let (item, bytes) = largest.map_or((Item::UnetWeights, 0), |line| (line.item, line.bytes));
-        Error::Budget(format!(
-            "the smallest schedule takes {}, the budget is {}; most of it is {} ({}): {}",
+        Err(Error::InsufficientMemory(format!(
+            "{} x {} px take at least {}, there is {}; most of it is {} ({}): {}",
+            self.setting.width,
+            self.setting.height,
             gib(self.peak_bytes),
             gib(budget),
             item.name(),
             gib(bytes),
             self.help(item)
-        ))
+        )))
     }
 
     /// What would make an item smaller.

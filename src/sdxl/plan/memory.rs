@@ -9,6 +9,7 @@ use super::saved::{Rule, Saving, Trained};
 use super::trace::Trace;
 use super::unet::{Sample, unet};
 use super::vae::decode;
+use crate::sdxl::vae_tiling::Bounds;
 use crate::{Error, Result};
 
 /// What the run does.
@@ -63,6 +64,20 @@ fn name<S: serde::Serializer>(dtype: &DType, s: S) -> Result<S::Ok, S::Error> {
 }
 
 impl Setting {
+    /// Making one image.
+    pub fn one_image(width: usize, height: usize, dtype: DType, guided: bool) -> Self {
+        Self {
+            width,
+            height,
+            batch: 1,
+            dtype,
+            mode: Mode::Infer { guided },
+            trajectories: 1,
+            steps: 1,
+            decode_batch: 1,
+        }
+    }
+
     /// Samples that a pass of the U-Net can take: all states whose graphs can be alive at
     /// once, or without training all trajectories.
     pub fn samples(&self) -> usize {
@@ -124,6 +139,17 @@ pub enum Phase {
     Decode,
     /// While graphs are alive.
     Backward,
+}
+
+impl Phase {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Always => "always",
+            Self::Rollout => "rolling out",
+            Self::Decode => "decoding",
+            Self::Backward => "training",
+        }
+    }
 }
 
 /// A piece of memory.
@@ -334,8 +360,18 @@ impl<'a> Sizes<'a> {
         add(Item::UnetForward, Phase::Rollout, forward.live(self.element));
         add(Item::AttentionWorkspace, Phase::Rollout, forward.attention_workspace(false));
         let images = self.setting.batch * self.setting.trajectories;
-        let decoded = self.decode(self.setting.decode_batch.min(images))?;
-        add(Item::VaeDecode, Phase::Decode, decoded.live(WIDE));
+        let together = self.setting.decode_batch.min(images);
+        let size = (self.setting.height, self.setting.width);
+        let vae = &self.networks.vae;
+        let (decoded, finished) = match Bounds::default().tile(vae, size) {
+            // Tiles, and the images that they become, once more while they are joined.
+            Some(tile) => (
+                decode(vae, together, tile)?,
+                2 * (together * vae.out_channels * size.0 * size.1) as u64,
+            ),
+            None => (self.decode(together)?, 0),
+        };
+        add(Item::VaeDecode, Phase::Decode, decoded.live(WIDE) + finished * WIDE);
         add(Item::AttentionWorkspace, Phase::Decode, decoded.attention_workspace(false));
         if !mode.trains() {
             return Ok(lines);

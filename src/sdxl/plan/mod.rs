@@ -6,6 +6,7 @@
 mod clip;
 mod cost;
 mod fit;
+mod load;
 mod memory;
 mod network;
 mod saved;
@@ -17,7 +18,7 @@ mod vae;
 pub use clip::clip_text;
 pub use cost::{Cost, H100, Peak, launches};
 pub use memory::{Item, Line, MemoryPlan, Mode, Phase, Schedule, Setting};
-pub use network::Networks;
+pub use network::{Networks, default_size};
 pub use saved::{Rule, Saving, Trained};
 pub use trace::{Kind, Matrix, Op, Trace, Value};
 pub use unet::{Sample, unet};

@@ -15,6 +15,15 @@ const SDXL: [&str; 4] = [
     include_str!("../data/text_encoder_2/config.json"),
 ];
 
+/// Width and height in pixels of the images that a checkpoint was made for.
+pub fn default_size(unet: &UNetConfig, vae: &VaeConfig) -> (usize, usize) {
+    let side = |i: usize| {
+        let latent = unet.sample_size.as_ref().and_then(|s| s.at(i)).unwrap_or(128);
+        latent * vae.factor()
+    };
+    (side(1), side(0))
+}
+
 /// The networks of one checkpoint.
 #[derive(Clone, Debug)]
 pub struct Networks {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::memory::{MemoryPlan, Mode, Phase};
+use super::memory::{MemoryPlan, Mode};
 use crate::util::gib;
 
 impl fmt::Display for MemoryPlan {
@@ -10,9 +10,9 @@ impl fmt::Display for MemoryPlan {
         self.head(f)?;
         writeln!(f, "\n{:<26}{:>12}  while", "memory", "")?;
         for line in &self.lines {
-            writeln!(f, "{:<26}{:>12}  {}", line.item.name(), gib(line.bytes), word(line.phase))?;
+            writeln!(f, "{:<26}{:>12}  {}", line.item.name(), gib(line.bytes), line.phase.name())?;
         }
-        let (bytes, phase) = (self.peak_bytes, word(self.peak_phase));
+        let (bytes, phase) = (self.peak_bytes, self.peak_phase.name());
         writeln!(f, "{:<26}{:>12}  {phase}", "most at a time", gib(bytes))?;
         writeln!(
             f,
@@ -65,14 +65,5 @@ impl MemoryPlan {
         let blocks =
             if self.schedule.recompute { "blocks computed anew" } else { "nothing computed anew" };
         writeln!(f, "graphs of {micro} of {all} states at a time, {graphs}; {blocks}")
-    }
-}
-
-fn word(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Always => "always",
-        Phase::Rollout => "rolling out",
-        Phase::Decode => "decoding",
-        Phase::Backward => "training",
     }
 }

@@ -1,0 +1,101 @@
+"""What tools/gpu_check.py does, step by step."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TOOLS = Path(__file__).resolve().parent
+LATENTS = {"512": 64, "1024": 128}
+# In a rehearsal, of the shipped model.
+SMALL_LATENTS = {"512": 8, "1024": 16}
+INFERENCE = ("unet_forward_b2", "unet_forward_b4", "unet_forward_b16", "vae_decode_b1", "text_encode", "image_50_steps")
+LARGE = (*INFERENCE, "images_20_steps_b8", "adapter_switch", "load")
+PEER = ("unet_forward_b2", "unet_forward_b16", "vae_decode_b1", "image_50_steps")
+
+
+@dataclass
+class Step:
+    """One command. `seconds`: its limit; `least`: with less than that left it is not begun.
+
+    `tests`: it prints what Rust's tests print, else JSON lines, which get `tags`. `silent`: it need not.
+    """
+
+    part: int
+    name: str
+    seconds: float
+    command: list
+    least: float = 15.0
+    tags: dict = field(default_factory=dict)
+    tests: bool = False
+    silent: bool = False
+
+
+class Setting:
+    """Where the programs and models are, and how they are called."""
+
+    def __init__(self, args, programs, checkpoint):
+        self.args, self.programs = args, programs
+        self.bench, self.device = str(programs / "ds-bench"), args.device
+        self.shipped = str(args.model.resolve())
+        self.sdxl = self.shipped if args.rehearse else str(checkpoint)
+        self.latents = SMALL_LATENTS if args.rehearse else LATENTS
+        # The CPU has no fast bf16, and decodes in f32 only.
+        self.dtype = "f32" if self.device == "cpu" else "bf16"
+        self.limits = ["--runs", "1", "--seconds", "0.5"] if args.rehearse else ["--runs", "10", "--seconds", "3"]
+        self.threads = "2" if args.rehearse else "16"
+
+    def checkpoint_command(self):
+        return [*self.python("random_checkpoint.py"), "--shape", "sdxl", "--dtype", "bf16",
+                "--device", self.device, "--out", self.sdxl]
+
+    def python(self, script):
+        return [sys.executable, str(TOOLS / script)]
+
+    def speed(self, command, size, names, vae):
+        side = str(self.latents[size])
+        return [*command, "--model", self.sdxl, "--device", self.device, "--dtype", self.dtype,
+                "--vae-dtype", vae if self.device != "cpu" else "f32", "--latent", side, side,
+                "--threads", self.threads, *self.limits, "--only", ",".join(names)]
+
+    def ours(self, part, name, size, names, seconds, vae="bf16", least=15.0):
+        command = self.speed([self.bench, "speed", "--json"], size, names, vae)
+        tags = {"side": "ours", "size": size, "vae_dtype": vae}
+        return Step(part, f"ours, {size}: {name}", seconds, command, least, tags)
+
+    def torch(self, part, name, size, names, seconds, compiled=None, least=15.0):
+        command = self.speed(self.python("bench_torch.py"), size, names, "bf16")
+        side = compiled or "eager"
+        command += ["--compile", compiled] if compiled else []
+        tags = {"side": side, "size": size, "vae_dtype": "bf16"}
+        return Step(part, f"PyTorch {side}, {size}: {name}", seconds, command, least, tags)
+
+    def parity(self, part, what, name, model, seconds, *flags):
+        command = [*self.python("gpu_parity.py"), what, "--program", self.bench, "--model", model,
+                   "--device", self.device, *flags]
+        return Step(part, name, seconds, command)
+
+
+def steps(s):
+    """In order of value."""
+    side = str(s.latents["512"])
+    yield Step(1, "the program starts", 20, [s.bench, "--version"], least=1, silent=True)
+    yield Step(1, "the tests for GPUs", 100, [str(s.programs / "gpu"), "--test-threads=1"], tests=True,
+               silent=s.args.rehearse)
+    yield s.parity(1, "shipped", "the shipped model against the CPU", s.shipped, 75)
+    yield s.parity(2, "torch", "SDXL against PyTorch, 512", s.sdxl, 110, "--latent", side, side)
+    yield Step(3, "what the card can do", 30, [*s.python("gpu_probe.py"), "--device", s.device],
+               tags={"side": "card", "size": None, "vae_dtype": None})
+    yield s.ours(3, "inference", "1024", LARGE, 80)
+    yield s.torch(3, "inference", "1024", PEER, 60)
+    yield s.torch(3, "blocks compiled", "1024", PEER[:1], 75, compiled="blocks")
+    yield s.ours(3, "inference", "512", INFERENCE, 45)
+    yield s.torch(3, "inference", "512", PEER, 45)
+    for kind, name in (("lora", "LoRA step"), ("full", "full step")):
+        piece = f"train_step_{kind}_b4"
+        yield s.ours(4, name, "512", [piece], 45)
+        yield s.torch(4, name, "512", [piece], 45)
+        yield s.ours(4, f"{name} with gradient checkpoints", "512", [f"{piece}_recompute"], 45)
+    yield s.torch(3, "blocks compiled", "512", PEER[:1], 60, compiled="blocks")
+    yield s.ours(3, "VAE in f32", "1024", ["vae_decode_b1"], 30, vae="f32")
+    for size in ("1024", "512"):
+        yield s.torch(3, "U-Net compiled", size, PEER[:1], 150, compiled="whole", least=40)
