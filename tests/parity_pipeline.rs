@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use common::{assert_names, ids, parity_models, read, relative_error, values};
-use diffusion_sharpening::bench::parity;
+use diffusion_sharpening::bench::parity::{self, Options, Output};
 use diffusion_sharpening::diffusion::config::SchedulerConfig;
 use diffusion_sharpening::diffusion::denoiser::{Conditioning, Decoder, Denoiser, TextCond};
 use diffusion_sharpening::diffusion::guidance::Guided;
@@ -128,6 +128,10 @@ fn cpu() -> Placement {
     Placement::cpu(DType::F32)
 }
 
+fn everything(steps: usize, guidance: f64) -> Options {
+    Options { only: Vec::new(), steps, guidance }
+}
+
 #[test]
 fn the_parity_command_agrees_with_diffusers() {
     let dir = tempfile::tempdir().unwrap();
@@ -138,8 +142,9 @@ fn the_parity_command_agrees_with_diffusers() {
             &folder,
             &folder.join("reference.safetensors"),
             &out,
-            (STEPS, GUIDANCE),
+            &everything(STEPS, GUIDANCE),
             &cpu(),
+            &mut |_| (),
         )
         .unwrap();
         let (ours, theirs) = (read(&out), read(&folder.join("reference.safetensors")));
@@ -310,7 +315,8 @@ fn the_parity_command_names_what_is_wrong() {
         inputs.iter().map(|name| ((*name).to_owned(), reference[*name].clone())).collect();
     let run = |tensors: &BTreeMap<String, Tensor>| -> Result<(), String> {
         write_safetensors(&file, tensors, None).unwrap();
-        parity::run(&folder, &file, &out, (1, 1.0), &cpu()).map_err(|e| e.to_string())
+        parity::run(&folder, &file, &out, &everything(1, 1.0), &cpu(), &mut |_| ())
+            .map_err(|e| e.to_string())
     };
     run(&good).unwrap();
     for name in inputs {
@@ -338,12 +344,65 @@ fn the_parity_command_names_what_is_wrong() {
         assert_names(&run(&tensors).unwrap_err(), &parts);
     }
     let nowhere = dir.path().join("no-model");
-    let error = parity::run(&nowhere, &file, &out, (1, 1.0), &cpu()).unwrap_err().to_string();
+    let error = parity::run(&nowhere, &file, &out, &everything(1, 1.0), &cpu(), &mut |_| ())
+        .unwrap_err()
+        .to_string();
     assert_names(&error, &["no-model", "model_index.json"]);
     let nothing = dir.path().join("no-inputs.safetensors");
-    let error = parity::run(&folder, &nothing, &out, (1, 1.0), &cpu()).unwrap_err().to_string();
+    let error = parity::run(&folder, &nothing, &out, &everything(1, 1.0), &cpu(), &mut |_| ())
+        .unwrap_err()
+        .to_string();
     assert_names(&error, &["no-inputs.safetensors"]);
-    write_safetensors(&file, &good, None).unwrap();
-    let error = parity::run(&folder, &file, &out, (0, 1.0), &cpu()).unwrap_err().to_string();
-    assert_names(&error, &["steps"]);
+}
+
+/// One output needs its own inputs only, and no steps mean no trajectory.
+#[test]
+fn the_parity_command_computes_what_is_asked_for() {
+    let folder = parity_models().into_iter().find(|f| f.ends_with("ddim_tiny")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (file, out) = (dir.path().join("in.safetensors"), dir.path().join("out.safetensors"));
+    let reference = read(&folder.join("reference.safetensors"));
+    let run = |only: &[Output], steps: usize, inputs: &[&str]| {
+        let kept: BTreeMap<String, Tensor> =
+            inputs.iter().map(|name| ((*name).to_owned(), reference[*name].clone())).collect();
+        write_safetensors(&file, &kept, None).unwrap();
+        let options = Options { only: only.to_vec(), steps, guidance: GUIDANCE };
+        let mut stages = Vec::new();
+        let mut report = |stage: &parity::Stage| stages.push(stage.stage);
+        parity::run(&folder, &file, &out, &options, &cpu(), &mut report)?;
+        let computed = read(&out);
+        for (name, values) in &computed {
+            let error = relative_error(values, &reference[name]);
+            assert!(error < BAR, "{name} differs by {error:.3e}");
+        }
+        let mut names: Vec<String> = computed.into_keys().collect();
+        names.sort();
+        Ok::<_, diffusion_sharpening::Error>((names.join(" "), stages.join(" ")))
+    };
+    let text = ["input_ids", "input_ids_2"];
+    let network = ["input_ids", "input_ids_2", "latents", "timesteps", "time_ids"];
+    for (only, inputs, names, stages) in [
+        (&[Output::Pooled][..], &text[..], "pooled", "load text"),
+        (&[Output::EncodedMean], &["image"], "encoded_mean", "load encoded_mean"),
+        (&[Output::Decoded], &["latents"], "decoded", "load decoded"),
+        (
+            &[Output::NoisePred, Output::HiddenStates],
+            &network,
+            "hidden_states noise_pred",
+            "load text noise_pred",
+        ),
+        (
+            &[],
+            &[&network[..], &["image"]].concat(),
+            "decoded encoded_mean hidden_states noise_pred pooled",
+            "load text noise_pred decoded encoded_mean",
+        ),
+    ] {
+        let got = run(only, 0, inputs).unwrap();
+        assert_eq!((got.0.as_str(), got.1.as_str()), (names, stages));
+    }
+    let (names, stages) = run(&[Output::Trajectory], STEPS, &network).unwrap();
+    assert_eq!((names.as_str(), stages.as_str()), ("trajectory", "load text trajectory"));
+    let error = run(&[Output::Trajectory], 0, &network).unwrap_err().to_string();
+    assert_names(&error, &["steps", "at least 1"]);
 }

@@ -11,6 +11,7 @@ use common::{assert_names, fixtures, low_rank, normal, parity_models, read, valu
 use diffusion_sharpening::engine::{Backend, Engine, request::GenerateRequest};
 use diffusion_sharpening::nn::device::Placement;
 use diffusion_sharpening::sdxl::config::read_json;
+use diffusion_sharpening::sdxl::export::{Layout, export};
 use diffusion_sharpening::sdxl::folder::OpenOptions;
 use diffusion_sharpening::sdxl::key_names;
 use diffusion_sharpening::sdxl::single_config::{Configs, Shapes};
@@ -318,6 +319,21 @@ fn another_vae_takes_the_place_of_the_own_one() {
         &with(&adapter).unwrap_err().to_string(),
         &["kohya.safetensors", "no tensor of a VAE"],
     );
+}
+
+#[test]
+fn a_vae_beside_a_checkpoint_is_exported_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (dir.path().join("a.safetensors"), dir.path().join("b.safetensors"));
+    let folder = fixtures().join("parity/ddim_tiny");
+    export(&folder, &model, Layout::Single, DType::F32).unwrap();
+    let own = open(&model).unwrap();
+    let other = open(&written(dir.path(), "a.vae", &small(100))).unwrap();
+    export(&model, &out, Layout::Single, DType::F32).unwrap();
+    let latents = normal(3, &[1, 4, 4, 6]).to_dtype(DType::F32).unwrap();
+    let decoded = |model: &ModelFolder| values(&model.vae.decode(&latents).unwrap());
+    assert_eq!(decoded(&open(&out).unwrap()), decoded(&other));
+    assert_ne!(decoded(&own), decoded(&other));
 }
 
 /// `NAME.safetensors`, `NAME.vae.safetensors` and `NAME.adapters` in a folder of models.

@@ -18,12 +18,16 @@ widths) are small, but for sdxl.
 sdxl is SDXL itself, with its VAE and text towers. --device cuda makes its numbers on the GPU, in
 seconds, and --dtype bf16 writes 7 GB where f32 would take 14.
 
-Weights are PyTorch's default initialisation of a fixed seed, so activations stay finite;
-the same versions of the libraries write the same files on the same device.
+Weights are made and written a tensor at a time, so that it takes little memory: matrices are normal
+with variance 1 / inputs, so that activations stay near 1; norms' weights normal around 1 and biases
+around 0, so that one left out is noticed. The same seed gives the same files on the same device.
 """
 
 import argparse
+import json
+import math
 import os
+import struct
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,7 +42,12 @@ SHAPES = {
 REST = {"sdxl": ((128, 256, 512, 512), (12, 32), 49408, 128)}
 SMALL = (32, 64, 64, 64), (2, 2), 1000, 64
 TOKENS = 77
+PARTS = {  # and the stems of their files
+    "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+SPREAD = 0.1  # of norms' weights and of biases
 WIDTHS = 768, 1280  # of the text towers, side by side what the U-Net attends to
 TIME_IDS, TIME_WIDTH = 6, 256
 
@@ -94,6 +103,33 @@ def scheduler():
     )
 
 
+def draw(name, shape, generator):
+    import torch
+
+    values = torch.randn(shape, generator=generator, device=generator.device)
+    if len(shape) > 1:
+        return values.mul_(1 / math.sqrt(math.prod(shape[1:])))
+    return values.mul_(SPREAD).add_(1 if name.endswith("weight") else 0)
+
+
+def write(path, parameters, dtype, generator):
+    """A safetensors file, a tensor at a time."""
+    import torch
+
+    number = getattr(torch, DTYPES[dtype])
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, p in parameters.items():
+        end = at + p.numel() * number.itemsize
+        header[name] = {"dtype": dtype.upper(), "shape": list(p.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, p in parameters.items():
+            file.write(draw(name, p.shape, generator).to(number).cpu().view(torch.uint8).numpy())
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=SHAPES, required=True)
@@ -110,18 +146,21 @@ def main():
     for lib in (diffusers, transformers):
         lib.utils.logging.set_verbosity_error()
         lib.utils.logging.disable_progress_bar()
-    torch.manual_seed(args.seed)
-    with torch.device(args.device):
+    with torch.device("meta"):
         text_1, text_2 = towers(args.shape)
         decoder, network = vae(args.shape), unet(args.shape)
     pipe = diffusers.StableDiffusionXLPipeline(
         vae=decoder, text_encoder=text_1, text_encoder_2=text_2, tokenizer=None, tokenizer_2=None,
         unet=network, scheduler=scheduler(), force_zeros_for_empty_prompt=True, add_watermarker=False,
     )
-    pipe.to(getattr(torch, DTYPES[args.dtype]))
-    pipe.save_pretrained(args.out, safe_serialization=True)
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        print(f"{name}: {sum(p.numel() for p in getattr(pipe, name).parameters()):,} parameters")
+    pipe.save_config(args.out)
+    pipe.scheduler.save_pretrained(f"{args.out}/scheduler")
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    for name, stem in PARTS.items():
+        network, folder = getattr(pipe, name), Path(args.out) / name
+        (network.save_config if hasattr(network, "save_config") else network.config.save_pretrained)(folder)
+        write(folder / f"{stem}.safetensors", dict(network.named_parameters()), args.dtype, generator)
+        print(f"{name}: {network.num_parameters():,} parameters")
     size = sum(file.stat().st_size for file in Path(args.out).rglob("*") if file.is_file())
     print(f"{args.out}: {size:,} bytes")
 

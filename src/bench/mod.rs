@@ -19,6 +19,7 @@ pub mod parity_cmd;
 mod placement;
 pub mod plan_cmd;
 pub mod plot;
+mod process;
 pub mod progress;
 pub mod prompts;
 pub mod remote;

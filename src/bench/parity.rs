@@ -3,9 +3,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+use std::time::Instant;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
+use serde::Serialize;
 
+use super::process::{PeakMemory, cpu_seconds_since, cpu_time};
 use crate::diffusion::config::SchedulerConfig;
 use crate::diffusion::denoiser::{Conditioning, Denoiser, TextCond};
 use crate::diffusion::guidance::Guided;
@@ -14,8 +17,12 @@ use crate::diffusion::sdxl_model::SdxlModel;
 use crate::diffusion::solver::{Eval, History, SolverSpec};
 use crate::nn::device::Placement;
 use crate::sdxl::ModelFolder;
+use crate::sdxl::folder::EncodedText;
 use crate::sdxl::weights::{read_safetensors, write_safetensors};
 use crate::{Error, Result};
+
+/// Values of a row of `time_ids`.
+const SIZES: usize = 6;
 
 /// The input tensors, checked.
 struct Inputs<'a> {
@@ -44,9 +51,121 @@ impl Inputs<'_> {
         };
         rows.into_iter().map(|row| row.into_iter().map(id).collect()).collect()
     }
+
+    fn rows(&self, name: &str, tensor: &Tensor, expected: usize) -> Result<()> {
+        let rows = tensor.dim(0)?;
+        if rows != expected {
+            return Err(Error::file(self.file, format!("'{name}': {rows} rows for {expected}")));
+        }
+        Ok(())
+    }
+
+    /// Token ids of both towers.
+    fn prompts(&self) -> Result<[Vec<Vec<u32>>; 2]> {
+        let [ids, ids_2] = [self.ids("input_ids")?, self.ids("input_ids_2")?];
+        let length = |ids: &[Vec<u32>]| ids.first().map_or(0, Vec::len);
+        let sizes = |ids: &[Vec<u32>]| (ids.len(), length(ids));
+        if sizes(&ids) != sizes(&ids_2) {
+            let message = format!(
+                "'input_ids_2': {} rows of {} tokens, 'input_ids' has {} rows of {}",
+                ids_2.len(),
+                length(&ids_2),
+                ids.len(),
+                length(&ids)
+            );
+            return Err(Error::file(self.file, message));
+        }
+        Ok([ids, ids_2])
+    }
+
+    /// Latents and sizes, of as many rows as the prompts.
+    fn latents(&self, text: &EncodedText) -> Result<(Tensor, Tensor)> {
+        let latents = self.get("latents", 4, DType::F32)?;
+        let time_ids = self.get("time_ids", 2, DType::F32)?;
+        let batch = latents.dim(0)?;
+        self.rows("input_ids", &text.pooled, batch)?;
+        self.rows("time_ids", &time_ids, batch)?;
+        if time_ids.dim(1)? != SIZES {
+            let message = format!("'time_ids': expected {SIZES} values a row");
+            return Err(Error::file(self.file, message));
+        }
+        Ok((latents, time_ids))
+    }
 }
 
-/// Runs `model` on `inputs` and writes every output to `out`.
+/// What can be computed, in the order in which it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Output {
+    HiddenStates,
+    Pooled,
+    NoisePred,
+    Decoded,
+    EncodedMean,
+    Trajectory,
+}
+
+impl Output {
+    /// Those that prompts are needed for.
+    const OF_TEXT: [Self; 4] =
+        [Self::HiddenStates, Self::Pooled, Self::NoisePred, Self::Trajectory];
+}
+
+/// What [`run`] computes.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Nothing for everything.
+    pub only: Vec<Output>,
+    /// Steps of `trajectory`; 0 for none.
+    pub steps: usize,
+    pub guidance: f64,
+}
+
+impl Options {
+    fn wants(&self, output: Output) -> bool {
+        (output != Output::Trajectory || self.steps > 0)
+            && (self.only.is_empty() || self.only.contains(&output))
+    }
+}
+
+/// One piece of the work, with what it took.
+#[derive(Clone, Debug, Serialize)]
+pub struct Stage {
+    /// `load`, `text` or the output.
+    pub stage: &'static str,
+    pub seconds: f64,
+    /// Of all threads; absent where the platform does not tell.
+    pub cpu_seconds: Option<f64>,
+    /// The process's most memory during it; absent where the platform does not tell.
+    pub peak_rss_bytes: Option<u64>,
+}
+
+/// Runs the pieces one after another and measures each.
+struct Stages<'a>(&'a mut dyn FnMut(&Stage));
+
+impl Stages<'_> {
+    fn run<T>(
+        &mut self,
+        stage: &'static str,
+        device: &Device,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let (start, cpu, peak) = (Instant::now(), cpu_time(), PeakMemory::start());
+        let made = work()?;
+        // A GPU is still at work when the call returns.
+        device.synchronize()?;
+        (self.0)(&Stage {
+            stage,
+            seconds: start.elapsed().as_secs_f64(),
+            cpu_seconds: cpu_seconds_since(cpu),
+            peak_rss_bytes: peak.bytes(),
+        });
+        Ok(made)
+    }
+}
+
+/// Runs `model` on `inputs` and writes every output asked for to `out`; `report` gets each piece
+/// of the work when it is done.
 ///
 /// # Errors
 /// Names the file or tensor at fault.
@@ -54,72 +173,86 @@ pub fn run(
     model: &Path,
     inputs: &Path,
     out: &Path,
-    (steps, guidance): (usize, f64),
+    options: &Options,
     placement: &Placement,
+    report: &mut dyn FnMut(&Stage),
 ) -> Result<()> {
-    let folder = ModelFolder::open(model, placement)?;
-    let given = Inputs { file: inputs, tensors: read_safetensors(inputs, folder.device())? };
-    let latents = given.get("latents", 4, DType::F32)?;
-    let timesteps = given.get("timesteps", 1, DType::F32)?;
-    let time_ids = given.get("time_ids", 2, DType::F32)?;
-    let image = given.get("image", 4, DType::F32)?;
-    let (ids, ids_2) = (given.ids("input_ids")?, given.ids("input_ids_2")?);
-    let batch = latents.dim(0)?;
-    for (name, rows) in [
-        ("timesteps", timesteps.dim(0)?),
-        ("time_ids", time_ids.dim(0)?),
-        ("input_ids", ids.len()),
-        ("input_ids_2", ids_2.len()),
-    ] {
-        if rows != batch {
-            return Err(Error::file(inputs, format!("'{name}': {rows} rows for {batch} latents")));
+    if options.steps == 0 && options.only.contains(&Output::Trajectory) {
+        return Err(Error::invalid("steps", "a trajectory has at least 1 step"));
+    }
+    let device = &placement.device;
+    let mut stages = Stages(report);
+    let folder = stages.run("load", device, || ModelFolder::open(model, placement))?;
+    let given = Inputs { file: inputs, tensors: read_safetensors(inputs, device)? };
+    let mut results = BTreeMap::new();
+    let mut keep = |name: &str, tensor: &Tensor| results.insert(name.to_owned(), tensor.clone());
+    let text = match Output::OF_TEXT.iter().any(|output| options.wants(*output)) {
+        true => {
+            let [ids, ids_2] = given.prompts()?;
+            Some(stages.run("text", device, || folder.encode_ids(&ids, &ids_2))?)
+        }
+        false => None,
+    };
+    for (output, name) in [(Output::HiddenStates, "hidden_states"), (Output::Pooled, "pooled")] {
+        if let Some(text) = text.as_ref().filter(|_| options.wants(output)) {
+            keep(name, if output == Output::Pooled { &text.pooled } else { &text.context });
         }
     }
-    let (length, length_2) = (ids.first().map_or(0, Vec::len), ids_2.first().map_or(0, Vec::len));
-    if length != length_2 {
-        let message = format!("'input_ids_2': rows of {length_2} tokens, 'input_ids' has {length}");
-        return Err(Error::file(inputs, message));
+    if let Some(text) = text.as_ref().filter(|_| options.wants(Output::NoisePred)) {
+        let (latents, time_ids) = given.latents(text)?;
+        let timesteps = given.get("timesteps", 1, DType::F32)?;
+        given.rows("timesteps", &timesteps, latents.dim(0)?)?;
+        let noise = stages.run("noise_pred", device, || {
+            folder.unet.forward(&latents, &timesteps, &text.context, &text.pooled, &time_ids)
+        })?;
+        keep("noise_pred", &noise);
     }
-    if time_ids.dim(1)? != 6 {
-        return Err(Error::file(inputs, "'time_ids': expected 6 values a row"));
+    if options.wants(Output::Decoded) {
+        let latents = given.get("latents", 4, DType::F32)?;
+        keep("decoded", &stages.run("decoded", device, || folder.vae.decode(&latents))?);
     }
-    let text = folder.encode_ids(&ids, &ids_2)?;
-    let mut results = BTreeMap::new();
-    let noise =
-        folder.unet.forward(&latents, &timesteps, &text.context, &text.pooled, &time_ids)?;
-    results.insert("noise_pred".to_owned(), noise);
-    results.insert("decoded".to_owned(), folder.vae.decode(&latents)?);
-    results.insert("encoded_mean".to_owned(), folder.vae.encode(&image)?.mean);
-    results.insert("hidden_states".to_owned(), text.context.clone());
-    results.insert("pooled".to_owned(), text.pooled.clone());
-    let scheduler: SchedulerConfig = folder.scheduler()?;
-    scheduler.validate()?;
-    let conds = (0..batch)
-        .map(|b| {
-            let sizes = time_ids.get(b)?.to_vec1::<f32>()?;
-            let sizes: [f32; 6] = sizes
-                .try_into()
-                .map_err(|_| Error::file(inputs, "'time_ids': expected 6 values a row"))?;
-            let positive = TextCond {
-                context: text.context.get(b)?.contiguous()?,
-                pooled: text.pooled.get(b)?.contiguous()?,
-                time_ids: sizes,
-            };
-            let negative = TextCond {
-                context: positive.context.zeros_like()?,
-                pooled: positive.pooled.zeros_like()?,
-                time_ids: sizes,
-            };
-            let negative = Some(negative);
-            Ok(Conditioning { positive, negative, guidance_scale: guidance, guidance_rescale: 0.0 })
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let network = Guided(SdxlModel::new(std::sync::Arc::new(folder)));
-    results.insert(
-        "trajectory".to_owned(),
-        trajectory(&network, &scheduler, steps, &latents, &conds)?,
-    );
+    if options.wants(Output::EncodedMean) {
+        let image = given.get("image", 4, DType::F32)?;
+        let encoded = stages.run("encoded_mean", device, || folder.vae.encode(&image))?;
+        keep("encoded_mean", &encoded.mean);
+    }
+    if let Some(text) = text.as_ref().filter(|_| options.wants(Output::Trajectory)) {
+        let (latents, time_ids) = given.latents(text)?;
+        let scheduler: SchedulerConfig = folder.scheduler()?;
+        scheduler.validate()?;
+        let conds = conditionings(text, &time_ids, options.guidance)?;
+        let network = Guided(SdxlModel::new(std::sync::Arc::new(folder)));
+        let states = stages.run("trajectory", device, || {
+            trajectory(&network, &scheduler, options.steps, &latents, &conds)
+        })?;
+        keep("trajectory", &states);
+    }
     write_safetensors(out, &results, None)
+}
+
+/// The prompts of a trajectory, each with zeros as its null prompt.
+fn conditionings(
+    text: &EncodedText,
+    time_ids: &Tensor,
+    guidance_scale: f64,
+) -> Result<Vec<Conditioning>> {
+    let each = |(b, sizes): (usize, Vec<f32>)| {
+        let mut own = [0.0; SIZES];
+        own.copy_from_slice(&sizes);
+        let positive = TextCond {
+            context: text.context.get(b)?.contiguous()?,
+            pooled: text.pooled.get(b)?.contiguous()?,
+            time_ids: own,
+        };
+        let negative = TextCond {
+            context: positive.context.zeros_like()?,
+            pooled: positive.pooled.zeros_like()?,
+            time_ids: own,
+        };
+        let negative = Some(negative);
+        Ok(Conditioning { positive, negative, guidance_scale, guidance_rescale: 0.0 })
+    };
+    time_ids.to_vec2::<f32>()?.into_iter().enumerate().map(each).collect()
 }
 
 /// The latents after each step of the checkpoint's scheduler, [S, B, C, h, w].

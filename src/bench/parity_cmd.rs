@@ -3,13 +3,15 @@
 
 use std::path::PathBuf;
 
-use super::parity;
+use super::parity::{self, Options, Output, Stage};
 use super::placement::PlacementArgs;
 use crate::Result;
 
 /// Run a checkpoint on given latents, tokens and images and write every output.
 ///
-/// The inputs and outputs are safetensors files; docs/parity.md lists the tensors.
+/// The inputs and outputs are safetensors files; docs/parity.md lists the tensors. Each piece of
+/// the work is printed with its seconds and the process's most memory meanwhile, a JSON object a
+/// line.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
     /// Checkpoint: a folder in the diffusers layout, or one file in Stability's.
@@ -21,7 +23,10 @@ pub struct Args {
     /// Where the output tensors go.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// Steps of the checkpoint's scheduler in `trajectory`.
+    /// Compute these outputs only, separated by commas; inputs of others may be absent.
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "OUTPUT,…")]
+    pub only: Vec<Output>,
+    /// Steps of the checkpoint's scheduler in `trajectory`; 0 for no trajectory.
     #[arg(long, default_value_t = 5)]
     pub steps: usize,
     /// Guidance scale in `trajectory`.
@@ -37,5 +42,7 @@ pub struct Args {
 /// When the model or the inputs cannot be used, or the output not written.
 pub fn run(args: &Args) -> Result<()> {
     let placement = args.placement.placement()?;
-    parity::run(&args.model, &args.inputs, &args.out, (args.steps, args.guidance), &placement)
+    let options = Options { only: args.only.clone(), steps: args.steps, guidance: args.guidance };
+    let mut print = |stage: &Stage| println!("{}", serde_json::json!(stage));
+    parity::run(&args.model, &args.inputs, &args.out, &options, &placement, &mut print)
 }

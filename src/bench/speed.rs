@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context;
 use candle_core::Device;
@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::op_workload;
 use super::placement::PlacementArgs;
+use super::process::{PeakMemory, cpu_seconds_since, cpu_time};
 use super::stats::quantile;
 use super::train_workload::Training;
 use super::workload::{Piece, Work, Workload};
@@ -201,24 +202,6 @@ fn row(
     })
 }
 
-/// The most memory of this process since a moment, where Linux tells.
-struct PeakMemory;
-
-impl PeakMemory {
-    fn start() -> Self {
-        // Forgets the peak so far: that of reading the weights. Where it cannot, it stays.
-        drop(std::fs::write("/proc/self/clear_refs", "5"));
-        Self
-    }
-
-    fn bytes(&self) -> Option<u64> {
-        let status = std::fs::read_to_string("/proc/self/status").ok()?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-        let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-        Some(kib * 1024)
-    }
-}
-
 /// Seconds of one run.
 struct Sample {
     wall: f64,
@@ -230,9 +213,7 @@ fn sample(args: &Args, long: bool, work: &mut Work) -> Result<Vec<Sample>> {
         let (start, cpu) = (Instant::now(), cpu_time());
         // A GPU is still at work when the call returns.
         work()?.device().synchronize()?;
-        let (wall, end) = (start.elapsed().as_secs_f64(), cpu_time());
-        let cpu = end.zip(cpu).map(|(end, start)| end.saturating_sub(start).as_secs_f64());
-        Ok(Sample { wall, cpu })
+        Ok(Sample { wall: start.elapsed().as_secs_f64(), cpu: cpu_seconds_since(cpu) })
     };
     let warm_up = once()?.wall;
     let slow = long && warm_up > args.seconds / LEAST_RUNS as f64;
@@ -245,17 +226,6 @@ fn sample(args: &Args, long: bool, work: &mut Work) -> Result<Vec<Sample>> {
         samples.push(once()?);
     }
     Ok(samples)
-}
-
-/// Processor time of this process so far, all threads.
-fn cpu_time() -> Option<Duration> {
-    #[cfg(unix)]
-    {
-        use rustix::time::{ClockId, clock_gettime};
-        Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).ok()
-    }
-    #[cfg(not(unix))]
-    None
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

@@ -1,14 +1,16 @@
-//! `ds-train`: training data and training runs.
+//! `ds-train`: training data, training runs, and checkpoints in other layouts.
 
 use std::path::PathBuf;
 
+use candle_core::DType;
 use clap::{Parser, Subcommand, ValueEnum};
-use diffusion_sharpening::data::scenes::{Split, evaluate, export};
+use diffusion_sharpening::data::scenes::{self, Split, evaluate};
+use diffusion_sharpening::sdxl::export::{Layout, export};
 
 #[global_allocator]
 static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Fine-tuning, and the data for it.
+/// Fine-tuning, the data for it, and checkpoints for other programs.
 #[derive(Parser)]
 #[command(name = "ds-train", version)]
 struct Cli {
@@ -46,6 +48,36 @@ enum Command {
         #[arg(long)]
         out: Option<PathBuf>,
     },
+    /// Write a checkpoint in one file (ComfyUI and others) or as a diffusers folder.
+    ///
+    /// Takes either layout; a VAE that ds-serve would use in its place goes along. The weights
+    /// are in memory meanwhile, in the type that is written.
+    Export {
+        /// Checkpoint: a folder in the diffusers layout, or one file in Stability's.
+        #[arg(long, value_name = "MODEL")]
+        model: PathBuf,
+        /// The .safetensors file or the folder that is written.
+        #[arg(long, value_name = "PATH")]
+        out: PathBuf,
+        #[arg(long, value_enum, default_value = "single")]
+        format: LayoutArg,
+        /// Type of all weights.
+        #[arg(long, value_enum, default_value = "f16")]
+        dtype: NumberArg,
+    },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LayoutArg {
+    Single,
+    Diffusers,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum NumberArg {
+    F16,
+    Bf16,
+    F32,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -63,11 +95,24 @@ fn main() -> anyhow::Result<()> {
                 SplitArg::Validation => Split::Validation,
                 SplitArg::Test => Split::Test,
             };
-            export::export(&out, split, seed, count, size)?;
+            scenes::export::export(&out, split, seed, count, size)?;
             println!("{count} scenes of {size} px in {}", out.display());
         }
         Command::Judge { images, captions, out } => {
             println!("{}", evaluate::judge_files(&images, &captions, out.as_deref())?);
+        }
+        Command::Export { model, out, format, dtype } => {
+            let layout = match format {
+                LayoutArg::Single => Layout::Single,
+                LayoutArg::Diffusers => Layout::Diffusers,
+            };
+            let dtype = match dtype {
+                NumberArg::F16 => DType::F16,
+                NumberArg::Bf16 => DType::BF16,
+                NumberArg::F32 => DType::F32,
+            };
+            export(&model, &out, layout, dtype)?;
+            println!("{} is written", out.display());
         }
     }
     Ok(())

@@ -146,7 +146,8 @@ impl Map {
         })
     }
 
-    /// `y` [rows, outer] = or += W ∗ `x`, then `finish`.
+    /// `y` [rows, outer] = or += W ∗ `x`, then `finish`. `weight` is not looked at where there is
+    /// a packed one that [`Map::takes`].
     pub fn forward<T: Real>(
         &self,
         x: &[T],

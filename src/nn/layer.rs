@@ -133,7 +133,8 @@ impl PackedWeight {
 
 fn pack<T: Real>(operands: &Operands) -> Result<Prepared<T>> {
     let map = &operands.map;
-    let weight = View::<T>::of(&operands.weight)?;
+    let weight = operands.weight.to_dtype(T::DTYPE)?;
+    let weight = View::<T>::of(&weight)?;
     let Some(adapter) = operands.adapter.as_ref().filter(|a| a.is_constant()) else {
         return Ok(map.pack(&weight));
     };
@@ -190,8 +191,13 @@ pub(super) fn apply(
     let operands = Operands {
         map,
         x: x.contiguous()?,
-        // GPUs have convolutions' weights in another order of dimensions.
-        weight: if x.device().is_cpu() { like(layer.weight)? } else { strided(layer.weight)? },
+        weight: match (x.device().is_cpu(), layer.weight.track_op()) {
+            // Converted where it is read, which it is not where there is a packed form.
+            (true, false) => layer.weight.contiguous()?,
+            (true, true) => like(layer.weight)?,
+            // GPUs have convolutions' weights in another order of dimensions.
+            (false, _) => strided(layer.weight)?,
+        },
         bias: layer.bias.map(like).transpose()?,
         adapter: layer.adapter.map(|a| Factors::of(a, x.dtype())).transpose()?,
         shift: added.shift.map(like).transpose()?,
@@ -228,7 +234,7 @@ fn view<T: Real>(x: &Option<Tensor>) -> Result<Option<View<'_, T>>> {
     x.as_ref().map(View::of).transpose()
 }
 
-/// A layer's operands, all of one type.
+/// A layer's operands, all of one type but a constant weight on the CPU.
 pub(super) struct Operands {
     pub map: Map,
     pub x: Tensor,
@@ -291,7 +297,12 @@ impl Operands {
         merged: bool,
     ) -> Result<(Vec<T>, Option<Vec<T>>)> {
         let map = &self.map;
-        let (x, weight) = (View::<T>::of(&self.x)?, View::<T>::of(&self.weight)?);
+        let x = View::<T>::of(&self.x)?;
+        let weight = match packed {
+            Some(_) => None,
+            None => Some(self.weight.to_dtype(T::DTYPE)?),
+        };
+        let weight = view::<T>(&weight)?;
         let (bias, shift, residual) =
             (view(&self.bias)?, view(&self.shift)?, view(&self.residual)?);
         let finish = Finish {
@@ -312,7 +323,8 @@ impl Operands {
             second.forward(&scaled, &up, None, &mut y, false, &nothing);
             low = Some(scaled);
         }
-        map.forward(&x, &weight, packed, &mut y, low.is_some(), &finish);
+        let weight = weight.as_deref().unwrap_or_default();
+        map.forward(&x, weight, packed, &mut y, low.is_some(), &finish);
         Ok((y, low))
     }
 }
@@ -386,7 +398,8 @@ impl<T: Real> Gradients<T> {
             dlow = Some((a, low, map.with_outer(a.rank)));
         }
         if let Some(shape) = &self.input {
-            let weight = View::<T>::of(&self.weight)?;
+            let weight = self.weight.to_dtype(T::DTYPE)?;
+            let weight = View::<T>::of(&weight)?;
             let mut dx = uninitialised(map.input());
             let packed = match &self.packed {
                 Some(packed) => {

@@ -5,6 +5,7 @@
 pub mod clip;
 pub mod clip_text;
 pub mod config;
+pub mod export;
 pub mod folder;
 pub mod key_names;
 mod layout;

@@ -14,8 +14,8 @@ use super::key_names::{self, FUSED, NameMap};
 use super::lora_names::with_text_model;
 use super::plan::Networks;
 use super::single_config::{Configs, Shapes};
-use super::tensor_file::{self, Entry, read_metadata};
-use super::weights::{Weights, is_buffer, place, read_safetensors, read_shapes};
+use super::tensor_file::{self, Entry, TensorFile};
+use super::weights::{Weights, each, is_buffer, place};
 use crate::{Error, Result};
 
 /// In the header of our own exports: the checkpoint's configurations, which shapes do not tell.
@@ -53,6 +53,9 @@ fn is_ignored(key: &str) -> bool {
         || key.ends_with("logit_scale")
 }
 
+/// Tensors by their names in the folder layout.
+type Tensors = Vec<(String, Tensor)>;
+
 /// One component's names in the file.
 #[derive(Clone, Debug)]
 pub struct FileNames {
@@ -72,7 +75,7 @@ impl FileNames {
     }
 
     /// A tensor of the file as those of the folder layout; nothing where the name is unknown.
-    pub fn to_folder(&self, key: &str, tensor: &Tensor) -> Result<Option<Vec<(String, Tensor)>>> {
+    pub fn to_folder(&self, key: &str, tensor: &Tensor) -> Result<Option<Tensors>> {
         let Some(rest) = key.strip_prefix(self.prefix) else { return Ok(None) };
         if let Some((layer, kind)) = rest.split_once(".attn.in_proj_") {
             let out = self.names.ours(&format!("{layer}.attn.out_proj"));
@@ -207,42 +210,39 @@ impl SingleFile {
     /// `Error::InsufficientMemory` before weights are read that the device cannot hold.
     pub fn read(path: &Path, dtypes: [DType; 4], device: &Device) -> Result<Self> {
         let fail = |message: String| Error::file(path, message);
-        let own = read_metadata(path)?.remove(CONFIGS);
-        let configs = match own {
+        let file = TensorFile::open(path)?;
+        let configs = match file.metadata().remove(CONFIGS) {
             Some(text) => {
                 serde_json::from_str(&text).map_err(|e| fail(format!("{CONFIGS}: {e}")))?
             }
             None => {
-                let shapes = Shapes::from_iter(read_shapes(path)?);
                 let what = "this is no SDXL checkpoint in Stability's layout";
-                Configs::of(&shapes).map_err(|e| fail(format!("{what}: {e}")))?
+                Configs::of(&file.shapes().collect::<Shapes>())
+                    .map_err(|e| fail(format!("{what}: {e}")))?
             }
         };
         let networks = Networks::of(&configs).map_err(fail)?;
         let names = networks.file_names()?;
         networks.announce(path, dtypes[0], device)?;
-        let tensors = read_safetensors(path, device)?;
+        // A tensor's key, and in the folder layout its component and what it is there.
+        let read = |key: String| -> Result<(String, Option<(usize, Tensors)>)> {
+            let part = PREFIXES.iter().position(|prefix| key.starts_with(prefix));
+            let Some(i) = part else { return Ok((key, None)) };
+            let found = names[i].to_folder(&key, &file.read(&key, device)?)?;
+            let laid = |(name, tensor)| {
+                let laid = place(tensor, dtypes[i]).map_err(|e| Error::tensor_file(path, e))?;
+                Ok((name, laid))
+            };
+            let laid = found.map(|all| all.into_iter().map(laid).collect::<Result<Tensors>>());
+            Ok((key, laid.transpose()?.map(|tensors| (i, tensors))))
+        };
+        let keys = file.names().into_iter().filter(|key| !is_ignored(key)).collect();
         let mut parts: [HashMap<String, Tensor>; 4] = Default::default();
         let mut strangers = BTreeSet::new();
-        // One after another, so that there is hardly more than one copy of a checkpoint.
-        for (key, tensor) in tensors {
-            let part = PREFIXES.iter().position(|prefix| key.starts_with(prefix));
-            let found = match part {
-                Some(i) if !is_ignored(&key) => {
-                    names[i].to_folder(&key, &tensor)?.map(|tensors| (i, tensors))
-                }
-                _ => None,
-            };
+        for (key, found) in each::<_, Vec<_>>(keys, device, read)? {
             match found {
-                Some((i, tensors)) => {
-                    for (name, tensor) in tensors {
-                        parts[i].insert(name, place(tensor, dtypes[i])?);
-                    }
-                }
-                None if is_ignored(&key) => {}
-                None => {
-                    strangers.insert(key);
-                }
+                Some((i, tensors)) => parts[i].extend(tensors),
+                None => drop(strangers.insert(key)),
             }
         }
         if !strangers.is_empty() {

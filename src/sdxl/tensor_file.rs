@@ -1,13 +1,16 @@
 //! Safetensors files written a tensor at a time, so that an export needs no second copy of a
-//! checkpoint, and read for their metadata alone.
+//! checkpoint, and read a tensor at a time.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::io::{BufWriter, Read, Write};
-use std::path::Path;
+use std::fs::File;
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
+use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Tensor};
-use safetensors::tensor::View;
+use safetensors::tensor::{Metadata, TensorView, View};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -16,6 +19,8 @@ use crate::{Error, Result};
 
 /// Longer headers are refused by the safetensors library.
 const LONGEST_HEADER: u64 = 100_000_000;
+/// Of the header's length, at the beginning of a file.
+const LENGTH_BYTES: u64 = 8;
 
 /// A tensor to be written. Its values are made when its turn comes.
 pub struct Entry<'a> {
@@ -128,30 +133,81 @@ pub fn data_sha256(entries: Vec<Entry>) -> Result<String> {
     Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
 
+/// A safetensors file that is open, of which tensors are read one at a time: beside them it takes
+/// no memory, as a mapping would.
+pub struct TensorFile {
+    path: PathBuf,
+    file: Mutex<File>,
+    header: Metadata,
+    /// Where the values begin.
+    start: u64,
+}
+
+impl TensorFile {
+    /// # Errors
+    /// When the file cannot be read, or is not as long as its header says.
+    pub fn open(path: &Path) -> Result<Self> {
+        let failed = |e: std::io::Error| Error::file(path, e);
+        let mut file = File::open(path).map_err(failed)?;
+        let bytes = file.metadata().map_err(failed)?.len();
+        let mut length = [0; LENGTH_BYTES as usize];
+        file.read_exact(&mut length).map_err(failed)?;
+        let length = u64::from_le_bytes(length);
+        if length > LONGEST_HEADER {
+            let message = format!("a header of {length} bytes is no safetensors file's");
+            return Err(Error::file(path, message));
+        }
+        let mut text = vec![0; length as usize];
+        file.read_exact(&mut text).map_err(failed)?;
+        let header: Metadata = serde_json::from_slice(&text).map_err(|e| Error::file(path, e))?;
+        let start = LENGTH_BYTES + length;
+        let expected = start + header.data_len() as u64;
+        if bytes != expected {
+            let message = format!("has {bytes} bytes, its header says {expected}");
+            return Err(Error::file(path, message));
+        }
+        Ok(Self { path: path.to_path_buf(), file: Mutex::new(file), header, start })
+    }
+
+    /// In the order in which they lie in the file.
+    pub fn names(&self) -> Vec<String> {
+        self.header.offset_keys()
+    }
+
+    pub fn shapes(&self) -> impl Iterator<Item = (String, Vec<usize>)> {
+        self.header.tensors().into_iter().map(|(name, info)| (name, info.shape.clone()))
+    }
+
+    /// What else the header says; empty where that is nothing.
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        self.header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect()
+    }
+
+    /// A tensor in its own dtype.
+    ///
+    /// # Errors
+    /// When there is none of this name, or it cannot be read.
+    pub fn read(&self, name: &str, device: &Device) -> Result<Tensor> {
+        let fail = |message: String| Error::file(&self.path, message);
+        let info = self.header.info(name).ok_or_else(|| fail(format!("lacks '{name}'")))?;
+        let (from, to) = info.data_offsets;
+        let mut bytes = Vec::with_capacity(to - from);
+        {
+            let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+            let failed = |e: std::io::Error| fail(e.to_string());
+            file.seek(SeekFrom::Start(self.start + from as u64)).map_err(failed)?;
+            (&*file).take((to - from) as u64).read_to_end(&mut bytes).map_err(failed)?;
+        }
+        let view = TensorView::new(info.dtype, info.shape.clone(), &bytes);
+        let view = view.map_err(|e| fail(format!("'{name}': {e}")))?;
+        view.load(device).map_err(|e| Error::tensor_file(&self.path, e))
+    }
+}
+
 /// The metadata of a safetensors file; empty where it has none.
 ///
 /// # Errors
 /// When the file cannot be read or has no safetensors header.
 pub fn read_metadata(path: &Path) -> Result<BTreeMap<String, String>> {
-    let failed = |e: std::io::Error| Error::file(path, e);
-    let mut file = std::fs::File::open(path).map_err(failed)?;
-    let mut length = [0; 8];
-    file.read_exact(&mut length).map_err(failed)?;
-    let length = u64::from_le_bytes(length);
-    if length > LONGEST_HEADER {
-        return Err(Error::file(
-            path,
-            format!("a header of {length} bytes is no safetensors file's"),
-        ));
-    }
-    let mut text = vec![0; length as usize];
-    file.read_exact(&mut text).map_err(failed)?;
-    let header: Header = serde_json::from_slice(&text).map_err(|e| Error::file(path, e))?;
-    Ok(header.metadata)
-}
-
-#[derive(serde::Deserialize)]
-struct Header {
-    #[serde(rename = "__metadata__", default)]
-    metadata: BTreeMap<String, String>,
+    Ok(TensorFile::open(path)?.metadata())
 }

@@ -11,7 +11,8 @@ use super::config::{VaeConfig, read_json};
 use super::key_names;
 use super::single_config::{self, Shapes};
 use super::single_file::{FileNames, parse, present_name};
-use super::weights::{Weights, place, read_safetensors, weight_files};
+use super::tensor_file::TensorFile;
+use super::weights::{Weights, place, weight_files};
 use crate::{Error, Result};
 
 /// A VAE's configuration and weights.
@@ -39,8 +40,8 @@ impl VaeSource {
             });
         }
         let fail = |message: String| Error::file(path, message);
-        let tensors = read_safetensors(path, device)?;
-        let shapes: Shapes = shapes_of(&tensors).collect();
+        let file = TensorFile::open(path)?;
+        let shapes: Shapes = file.shapes().collect();
         // A whole checkpoint's file has the VAE below a prefix, and more beside it.
         let prefix = if shapes.any("first_stage_model.") { "first_stage_model." } else { "" };
         let named_by_diffusers = shapes.any("encoder.down_blocks.");
@@ -52,8 +53,8 @@ impl VaeSource {
         };
         let names = FileNames::new(prefix, key_names::vae(levels, layers));
         let (mut kept, mut in_file) = (HashMap::new(), HashMap::new());
-        for (key, tensor) in tensors.into_iter().filter(|(key, _)| key.starts_with(prefix)) {
-            let tensor = tensor.to_dtype(dtype)?;
+        for key in file.names().into_iter().filter(|key| key.starts_with(prefix)) {
+            let tensor = file.read(&key, device)?.to_dtype(dtype)?;
             if named_by_diffusers {
                 let name = present_name(&key);
                 in_file.insert(names.in_file(&name), tensor.clone());

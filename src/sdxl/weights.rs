@@ -14,10 +14,9 @@ use sha2::{Digest, Sha256};
 use super::config::read_json;
 use super::lora::LoraMap;
 use super::single_file::FileNames;
-use super::tensor_file::{self, Entry};
+use super::tensor_file::{self, Entry, TensorFile};
 use crate::nn::conv::Padding;
 use crate::nn::device::computed;
-use crate::nn::memory::map_tensors;
 use crate::nn::{Conv2d, GroupNorm, LayerNorm, Linear, LowRank, threads};
 use crate::util::write_atomic;
 use crate::{Error, Result};
@@ -337,36 +336,34 @@ pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
 
 /// Reads every tensor of a safetensors file in its own dtype.
 pub fn read_safetensors(path: &Path, device: &Device) -> Result<HashMap<String, Tensor>> {
-    let mapped = map_tensors(path).map_err(|e| Error::file(path, e))?;
-    let names: Vec<String> = mapped.tensors().into_iter().map(|(name, _)| name).collect();
-    let read = |name: String| {
-        let tensor = mapped.load(&name, device).map_err(|e| Error::tensor_file(path, e))?;
-        Ok((name, tensor))
-    };
-    names.into_iter().map(read).collect()
-}
-
-/// The tensors' shapes, by name.
-pub fn read_shapes(path: &Path) -> Result<Vec<(String, Vec<usize>)>> {
-    let mapped = map_tensors(path).map_err(|e| Error::file(path, e))?;
-    let shapes = mapped.tensors().into_iter();
-    Ok(shapes.map(|(name, view)| (name, view.shape().to_vec())).collect())
+    let file = TensorFile::open(path)?;
+    file.names()
+        .into_iter()
+        .map(|name| file.read(&name, device).map(|tensor| (name, tensor)))
+        .collect()
 }
 
 /// Reads every tensor of a safetensors file as it is to lie on `device`: numbers as `dtype`,
-/// and convolutions' weights on a GPU with their input channels last in memory. The file is
-/// mapped: beside the result there is a tensor of its size for each thread at most.
+/// and convolutions' weights on a GPU with their input channels last in memory.
 pub fn load(path: &Path, dtype: DType, device: &Device) -> Result<HashMap<String, Tensor>> {
-    let mapped = map_tensors(path).map_err(|e| Error::file(path, e))?;
-    let names: Vec<String> = mapped.tensors().into_iter().map(|(name, _)| name).collect();
-    let read = |name: &String| -> Result<(String, Tensor)> {
-        let tensor = mapped.load(name, device).and_then(|t| place(t, dtype));
-        Ok((name.clone(), tensor.map_err(|e| Error::tensor_file(path, e))?))
-    };
+    let file = TensorFile::open(path)?;
+    each(file.names(), device, |name| {
+        let tensor = place(file.read(&name, device)?, dtype);
+        Ok((name, tensor.map_err(|e| Error::tensor_file(path, e))?))
+    })
+}
+
+/// Reads tensors with `read`, on the CPU in all threads: beside the results there are a tensor's
+/// bytes for each thread at most.
+pub(super) fn each<T: Send, C: FromIterator<T> + FromParallelIterator<T> + Send>(
+    names: Vec<String>,
+    device: &Device,
+    read: impl Fn(String) -> Result<T> + Sync + Send,
+) -> Result<C> {
     if device.is_cpu() {
-        return threads::within(|| names.par_iter().map(read).collect());
+        return threads::within(|| names.into_par_iter().map(read).collect());
     }
-    names.iter().map(read).collect()
+    names.into_iter().map(read).collect()
 }
 
 /// A tensor as it is to lie on its device, see [`load`].
