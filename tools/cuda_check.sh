@@ -33,12 +33,13 @@ fingerprint() {
   } | sha256sum
 }
 
-# The GPU's tests on a machine without one. The libraries of the emulator come
-# first, for linking and for running.
+# The GPU's tests on a machine without one: linked and run with the emulator's
+# libraries.
 emulated_tests() {
   local emulator=$target/cuda-emulator
   tools/cuda_emulator/build.sh "$emulator"
-  LIBRARY_PATH=$emulator:$LIBRARY_PATH LD_LIBRARY_PATH=$emulator CARGO_TARGET_DIR=$target/cuda \
+  DS_EMULATOR_LIBRARIES=$emulator LD_LIBRARY_PATH=$emulator CARGO_TARGET_DIR=$target/cuda \
+    CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER=$here/tools/cuda_emulator/link.sh \
     cargo test --release --features cuda,cudnn --test gpu
 }
 
