@@ -39,7 +39,7 @@ emulated_tests() {
   local emulator=$target/cuda-emulator
   tools/cuda_emulator/build.sh "$emulator"
   DS_EMULATOR_LIBRARIES=$emulator LD_LIBRARY_PATH=$emulator CARGO_TARGET_DIR=$target/cuda \
-    CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER=$here/tools/cuda_emulator/link.sh \
+    CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER=$here/tools/cuda_emulator/emulator-gcc \
     cargo test --release --features cuda,cudnn --test gpu
 }
 

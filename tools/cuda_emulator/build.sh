@@ -111,7 +111,7 @@ fi
 
 cat <<END
 built in $out
-  link: DS_EMULATOR_LIBRARIES=$out and tools/cuda_emulator/link.sh as cargo's linker
+  link: DS_EMULATOR_LIBRARIES=$out and tools/cuda_emulator/emulator-gcc as cargo's linker
   run:  LD_LIBRARY_PATH=$out BINARY
   DS_EMULATOR_REPORT=FILE       counts of launches, copies, products and bytes, written at exit (JSON)
   DS_EMULATOR_MEMORY_MIB=N      the device's memory (8192); more is out of memory
