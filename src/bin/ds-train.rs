@@ -1,14 +1,22 @@
 //! `ds-train`: training data, training runs, and checkpoints in other layouts.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use candle_core::DType;
 use clap::{Parser, Subcommand, ValueEnum};
 use diffusion_sharpening::data::scenes::{self, Split, evaluate};
+use diffusion_sharpening::nn::{memory, threads};
 use diffusion_sharpening::sdxl::export::{Layout, export};
+use diffusion_sharpening::train::command;
+use diffusion_sharpening::train::settings::Method;
+use diffusion_sharpening::util::{CancelToken, INTERRUPTED};
 
 #[global_allocator]
 static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Backward passes and deep graphs recurse: far more stack than a thread's default.
+const STACK: usize = 256 << 20;
 
 /// Fine-tuning, the data for it, and checkpoints for other programs.
 #[derive(Parser)]
@@ -20,6 +28,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Diffusion-Sharpening on images with captions: of several noised versions of an image
+    /// learn from the one whose denoising scores best.
+    Sft(Box<command::Args>),
+    /// Diffusion-Sharpening on prompts: prefer the best of several denoising trajectories to
+    /// the worst.
+    Rlhf(Box<command::Args>),
     /// Render scene-world images with captions into OUT (safetensors) and OUT with .jsonl.
     ExportScenes {
         /// Where to write `images` u8 [N, H, W, 3].
@@ -87,8 +101,27 @@ enum SplitArg {
     Test,
 }
 
-fn main() -> anyhow::Result<()> {
-    match Cli::parse().command {
+fn main() -> anyhow::Result<ExitCode> {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()),
+        )
+        .init();
+    memory::keep_freed();
+    threads::start(0)?;
+    let work = std::thread::Builder::new().stack_size(STACK).spawn(move || run(cli.command))?;
+    match work.join() {
+        Ok(outcome) => outcome,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Sft(args) => return train(Method::Sft, &args),
+        Command::Rlhf(args) => return train(Method::Rlhf, &args),
         Command::ExportScenes { out, split, count, size, seed } => {
             let split = match split {
                 SplitArg::Train => Split::Train,
@@ -115,5 +148,11 @@ fn main() -> anyhow::Result<()> {
             println!("{} is written", out.display());
         }
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
+}
+
+fn train(method: Method, args: &command::Args) -> anyhow::Result<ExitCode> {
+    let cancel = CancelToken::on_signal("stopping, and saving what is done")?;
+    let finished = command::execute(method, args, &cancel)?;
+    Ok(if finished { ExitCode::SUCCESS } else { ExitCode::from(INTERRUPTED) })
 }

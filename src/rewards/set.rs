@@ -84,7 +84,10 @@ impl RewardSet {
 }
 
 /// A reward's scores, with the contract checked.
-pub(super) fn checked(
+///
+/// # Errors
+/// The reward's, or that it gave another number of scores than there are images.
+pub fn checked(
     reward: &dyn Reward,
     images: &[RgbImage],
     prompts: &[&str],

@@ -1,5 +1,6 @@
 //! A checkpoint: in the diffusers folder layout, or in one file.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -270,6 +271,18 @@ impl ModelFolder {
         }
     }
 
+    /// The scheduler's configuration of the checkpoint at `path`, whose weights are not read.
+    ///
+    /// # Errors
+    /// Names the file and the field that is missing or wrong.
+    pub fn scheduler_at<T: DeserializeOwned>(path: &Path) -> Result<T> {
+        if !path.is_file() {
+            return read_json(&path.join(SCHEDULER));
+        }
+        let configs = SingleFile::configs_at(path)?;
+        parse("scheduler", &configs.scheduler).map_err(|e| Error::file(path, e))
+    }
+
     /// Writes this checkpoint in the folder layout, weights in `dtype`, in files
     /// of at most `shard_bytes` (an index beside them where one is not enough).
     ///
@@ -364,6 +377,17 @@ impl ModelFolder {
     /// The U-Net with low-rank adapters in place; the base weights are shared.
     pub fn unet_with(&self, lora: &LoraMap) -> Result<UNet> {
         self.unet_weights.build(Some(lora), |scope| UNet::load(scope, &self.unet_config))
+    }
+
+    /// This checkpoint with other weights in its U-Net, all of them.
+    ///
+    /// # Errors
+    /// When they do not fit the configuration.
+    pub fn with_unet_weights(&self, tensors: BTreeMap<String, Tensor>) -> Result<Self> {
+        let weights = Weights::new(tensors.into_iter().collect(), &self.path)
+            .computing_in(self.unet_weights.computed());
+        let unet = weights.build(None, |scope| UNet::load(scope, &self.unet_config))?;
+        Ok(Self { unet, unet_weights: weights, ..self.clone() })
     }
 
     /// The text towers with low-rank adapters in place; the base weights are shared.

@@ -205,22 +205,35 @@ pub struct SingleFile {
 }
 
 impl SingleFile {
+    /// What the checkpoint in this file is, without its weights.
+    ///
+    /// # Errors
+    /// Names what does not belong to SDXL.
+    pub fn configs_at(path: &Path) -> Result<Configs> {
+        Self::configs(path, &TensorFile::open(path)?)
+    }
+
+    fn configs(path: &Path, file: &TensorFile) -> Result<Configs> {
+        let fail = |message: String| Error::file(path, message);
+        match file.metadata().remove(CONFIGS) {
+            Some(text) => {
+                serde_json::from_str(&text).map_err(|e| fail(format!("{CONFIGS}: {e}")))
+            }
+            None => {
+                let what = "this is no SDXL checkpoint in Stability's layout";
+                Configs::of(&file.shapes().collect::<Shapes>())
+                    .map_err(|e| fail(format!("{what}: {e}")))
+            }
+        }
+    }
+
     /// # Errors
     /// Names, as the file does, what is missing or does not belong to SDXL.
     /// `Error::InsufficientMemory` before weights are read that the device cannot hold.
     pub fn read(path: &Path, dtypes: [DType; 4], device: &Device) -> Result<Self> {
         let fail = |message: String| Error::file(path, message);
         let file = TensorFile::open(path)?;
-        let configs = match file.metadata().remove(CONFIGS) {
-            Some(text) => {
-                serde_json::from_str(&text).map_err(|e| fail(format!("{CONFIGS}: {e}")))?
-            }
-            None => {
-                let what = "this is no SDXL checkpoint in Stability's layout";
-                Configs::of(&file.shapes().collect::<Shapes>())
-                    .map_err(|e| fail(format!("{what}: {e}")))?
-            }
-        };
+        let configs = Self::configs(path, &file)?;
         let networks = Networks::of(&configs).map_err(fail)?;
         let names = networks.file_names()?;
         networks.announce(path, dtypes[0], device)?;
