@@ -1,3 +1,5 @@
 //! Fine-tuning.
 
+pub mod metrics;
 pub mod optimizer;
+pub mod progress;
