@@ -8,6 +8,9 @@ use clap::{Parser, Subcommand, ValueEnum};
 use diffusion_sharpening::data::scenes::{self, Split, evaluate};
 use diffusion_sharpening::nn::{memory, threads};
 use diffusion_sharpening::sdxl::export::{Layout, export};
+use diffusion_sharpening::sdxl::lora::LoraFormat;
+use diffusion_sharpening::sdxl::lora_convert::convert;
+use diffusion_sharpening::sdxl::merge::Addition;
 use diffusion_sharpening::train::command;
 use diffusion_sharpening::train::settings::Method;
 use diffusion_sharpening::util::{CancelToken, INTERRUPTED};
@@ -65,7 +68,7 @@ enum Command {
     /// Write a checkpoint in one file (ComfyUI and others) or as a diffusers folder.
     ///
     /// Takes either layout; a VAE that ds-serve would use in its place goes along. The weights
-    /// are in memory meanwhile, in the type that is written.
+    /// are in memory meanwhile, in the type that is written, or with adapters in f32.
     Export {
         /// Checkpoint: a folder in the diffusers layout, or one file in Stability's.
         #[arg(long, value_name = "MODEL")]
@@ -78,6 +81,27 @@ enum Command {
         /// Type of all weights.
         #[arg(long, value_enum, default_value = "f16")]
         dtype: NumberArg,
+        /// Adapter that is added into the weights, SCALE times (1); may be given again.
+        #[arg(long = "adapter", value_name = "FILE[:SCALE]")]
+        adapters: Vec<Addition>,
+    },
+    /// Write an adapter in the key names of other programs.
+    ///
+    /// Takes every naming that ds-serve takes.
+    ConvertAdapter {
+        /// Checkpoint that the adapter is for, in either layout.
+        #[arg(long, value_name = "MODEL")]
+        model: PathBuf,
+        #[arg(long, value_name = "FILE")]
+        adapter: PathBuf,
+        /// The .safetensors file that is written.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        #[arg(long, value_enum)]
+        format: AdapterArg,
+        /// Type of the matrices.
+        #[arg(long, value_enum, default_value = "f32")]
+        dtype: NumberArg,
     },
 }
 
@@ -88,10 +112,28 @@ enum LayoutArg {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum AdapterArg {
+    /// For ComfyUI, the A1111 family and diffusers.
+    Kohya,
+    /// For diffusers, PEFT and ComfyUI.
+    Diffusers,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum NumberArg {
     F16,
     Bf16,
     F32,
+}
+
+impl From<NumberArg> for DType {
+    fn from(dtype: NumberArg) -> Self {
+        match dtype {
+            NumberArg::F16 => Self::F16,
+            NumberArg::Bf16 => Self::BF16,
+            NumberArg::F32 => Self::F32,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -134,17 +176,20 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Judge { images, captions, out } => {
             println!("{}", evaluate::judge_files(&images, &captions, out.as_deref())?);
         }
-        Command::Export { model, out, format, dtype } => {
+        Command::Export { model, out, format, dtype, adapters } => {
             let layout = match format {
                 LayoutArg::Single => Layout::Single,
                 LayoutArg::Diffusers => Layout::Diffusers,
             };
-            let dtype = match dtype {
-                NumberArg::F16 => DType::F16,
-                NumberArg::Bf16 => DType::BF16,
-                NumberArg::F32 => DType::F32,
+            export(&model, &out, layout, dtype.into(), &adapters)?;
+            println!("{} is written", out.display());
+        }
+        Command::ConvertAdapter { model, adapter, out, format, dtype } => {
+            let format = match format {
+                AdapterArg::Kohya => LoraFormat::Kohya,
+                AdapterArg::Diffusers => LoraFormat::Diffusers,
             };
-            export(&model, &out, layout, dtype)?;
+            convert(&model, &adapter, &out, format, dtype.into())?;
             println!("{} is written", out.display());
         }
     }

@@ -12,6 +12,7 @@ use super::clip_text::ClipText;
 use super::config::{ClipTextConfig, UNetConfig, read_json};
 use super::lora::LoraMap;
 use super::lora_names::AdapterNames;
+use super::merge::{Addition, merge};
 use super::plan::{Networks, default_size};
 use super::single_config::Configs;
 use super::single_file::{SingleFile, parse};
@@ -52,6 +53,8 @@ pub struct OpenOptions {
     /// A VAE in place of the checkpoint's: a diffusers component folder, or a file in diffusers'
     /// or Stability's names.
     pub vae: Option<PathBuf>,
+    /// Adapters that are added into the weights.
+    pub adapters: Vec<Addition>,
 }
 
 /// The networks of one SDXL checkpoint and where they lie.
@@ -64,6 +67,8 @@ pub struct ModelFolder {
     single: Option<Configs>,
     /// What replaces the checkpoint's VAE.
     other_vae: Option<VaeSource>,
+    /// What was added into the weights.
+    merged: Vec<Addition>,
     /// The null conditioning is zeros (true) or the encoding of "" (false).
     pub force_zeros_for_empty_prompt: bool,
     pub unet_config: UNetConfig,
@@ -165,7 +170,11 @@ impl ModelFolder {
             let message = "this VAE overflows in f16 (force_upcast): expected f32 or bf16";
             return Err(Error::invalid("vae_dtype", message));
         }
-        let [unet_weights, vae_weights, weights_1, weights_2] = parts.weights;
+        let [mut unet_weights, vae_weights, mut weights_1, mut weights_2] = parts.weights;
+        if !options.adapters.is_empty() {
+            let weights = [&mut unet_weights, &mut weights_1, &mut weights_2];
+            merge(weights, &unet_config, &options.adapters, device)?;
+        }
         let unet = unet_weights.build(None, |scope| UNet::load(scope, &unet_config))?;
         let vae = vae_weights.build(None, |scope| Vae::load(scope, &vae_config))?;
         let tower = |weights: &Weights, config: &ClipTextConfig| {
@@ -191,6 +200,7 @@ impl ModelFolder {
             device: device.clone(),
             single: parts.single,
             other_vae,
+            merged: options.adapters.clone(),
             force_zeros_for_empty_prompt: parts.force_zeros_for_empty_prompt,
             unet_config,
             unet_weights,
@@ -424,7 +434,8 @@ impl ModelFolder {
         }
     }
 
-    /// SHA-256 over all weight files, in name order of their components.
+    /// SHA-256 over all weight files, in name order of their components, then those of adapters
+    /// that were added into them.
     pub fn sha256(&self) -> Result<String> {
         let mut files = Vec::new();
         if self.single.is_some() {
@@ -437,6 +448,7 @@ impl ModelFolder {
             }
         }
         files.extend(self.other_vae.iter().flat_map(|other| other.files.clone()));
+        files.extend(self.merged.iter().map(|addition| addition.file.clone()));
         sha256_of(&files)
     }
 }
