@@ -14,6 +14,7 @@ use super::lora_names::AdapterNames;
 use super::plan::{Networks, default_size};
 use super::single_config::Configs;
 use super::single_file::{SingleFile, parse};
+use super::tensor_file::{Entry, data_sha256};
 use super::tokenizer::ClipTokenizer;
 use super::unet::UNet;
 use super::vae::Vae;
@@ -414,6 +415,12 @@ impl ModelFolder {
         }
         files.extend(self.other_vae.iter().flat_map(|other| other.files.clone()));
         sha256_of(&files)
+    }
+
+    /// SHA-256 over the VAE's weights as they are in memory, whatever file they came from.
+    pub fn vae_sha256(&self) -> Result<String> {
+        let tensors = self.vae_weights.tensors().iter();
+        data_sha256(tensors.map(|(name, tensor)| Entry::of(name, tensor)).collect())
     }
 }
 

@@ -1,3 +1,4 @@
 //! Fine-tuning.
 
+pub mod latents;
 pub mod optimizer;
