@@ -145,7 +145,7 @@ impl Args {
     /// Names the option or the configuration that is unusable, or what does not fit.
     fn plan(&self) -> Result<MemoryPlan> {
         let networks = match &self.source.model {
-            Some(path) => Networks::read(path)?,
+            Some(path) => Networks::at(path)?,
             None => Networks::sdxl()?,
         };
         let mode = self.mode()?;

@@ -15,7 +15,9 @@ use super::lora_names::AdapterNames;
 use super::merge::{Addition, merge};
 use super::plan::{Networks, default_size};
 use super::single_config::Configs;
-use super::single_file::{SingleFile, parse};
+use super::single_file::{SingleFile, configs_of, parse};
+use super::tensor_file::TensorFile;
+use super::tensor_file::{Entry, data_sha256};
 use super::tokenizer::ClipTokenizer;
 use super::unet::UNet;
 use super::vae::Vae;
@@ -289,8 +291,9 @@ impl ModelFolder {
         if !path.is_file() {
             return read_json(&path.join(SCHEDULER));
         }
-        let configs = SingleFile::configs_at(path)?;
-        parse("scheduler", &configs.scheduler).map_err(|e| Error::file(path, e))
+        let configs = configs_of(&TensorFile::open(path)?);
+        let scheduler = configs.and_then(|c| parse("scheduler", &c.scheduler));
+        scheduler.map_err(|e| Error::file(path, e))
     }
 
     /// Writes this checkpoint in the folder layout, weights in `dtype`, in files
@@ -450,6 +453,12 @@ impl ModelFolder {
         files.extend(self.other_vae.iter().flat_map(|other| other.files.clone()));
         files.extend(self.merged.iter().map(|addition| addition.file.clone()));
         sha256_of(&files)
+    }
+
+    /// SHA-256 over the VAE's weights as they are in memory, whatever file they came from.
+    pub fn vae_sha256(&self) -> Result<String> {
+        let tensors = self.vae_weights.tensors().iter();
+        data_sha256(tensors.map(|(name, tensor)| Entry::of(name, tensor)).collect())
     }
 }
 

@@ -209,7 +209,7 @@ pub fn parse<T: DeserializeOwned>(part: &str, value: &Value) -> Result<T, String
 }
 
 /// The configurations of a single file: as its header has them, or read off its tensors.
-fn configs_of(file: &TensorFile) -> Result<Configs, String> {
+pub(super) fn configs_of(file: &TensorFile) -> Result<Configs, String> {
     match file.metadata().remove(CONFIGS) {
         Some(text) => serde_json::from_str(&text).map_err(|e| format!("{CONFIGS}: {e}")),
         None => Configs::of(&file.shapes().collect::<Shapes>())

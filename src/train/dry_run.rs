@@ -97,7 +97,7 @@ impl UpdateCost {
 pub fn dry_run(method: Method, settings: &Settings) -> Result<String> {
     settings.check(method)?;
     let path = Path::new(&settings.model);
-    let networks = Networks::read(path)?;
+    let networks = Networks::at(path)?;
     let scheduler: SchedulerConfig = ModelFolder::scheduler_at(path)?;
     let schedule = NoiseSchedule::new(&scheduler)?;
     let cost = UpdateCost::of(method, settings, &schedule)?;

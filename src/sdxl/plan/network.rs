@@ -5,7 +5,6 @@ use std::path::Path;
 use super::{clip_text, decode, encode};
 use crate::Error;
 use crate::Result;
-use crate::sdxl::single_file::SingleFile;
 use crate::sdxl::config::{ClipTextConfig, UNetConfig, VaeConfig, parse_json, read_json};
 
 /// stable-diffusion-xl-base-1.0's files.
@@ -48,22 +47,16 @@ impl Networks {
         })
     }
 
-    /// The `config.json` files of a folder in the diffusers layout, or what the tensors of a file
-    /// in Stability's say.
+    /// The `config.json` files of a folder in the diffusers layout.
     ///
     /// # Errors
     /// Names the file that is missing or unusable.
     pub fn read(path: &Path) -> Result<Self> {
         let file = |component: &str| path.join(component).join("config.json");
-        let networks = if path.is_file() {
-            let configs = SingleFile::configs_at(path)?;
-            Self::of(&configs).map_err(|message| Error::file(path, message))?
-        } else {
-            Self {
-                unet: read_json(&file("unet"))?,
-                vae: read_json(&file("vae"))?,
-                text: [read_json(&file("text_encoder"))?, read_json(&file("text_encoder_2"))?],
-            }
+        let networks = Self {
+            unet: read_json(&file("unet"))?,
+            vae: read_json(&file("vae"))?,
+            text: [read_json(&file("text_encoder"))?, read_json(&file("text_encoder_2"))?],
         };
         networks.unet.check()?;
         networks.vae.check()?;
