@@ -87,11 +87,7 @@ impl RewardSet {
 ///
 /// # Errors
 /// The reward's, or that it gave another number of scores than there are images.
-pub fn checked(
-    reward: &dyn Reward,
-    images: &[RgbImage],
-    prompts: &[&str],
-) -> Result<Vec<f64>> {
+pub fn checked(reward: &dyn Reward, images: &[RgbImage], prompts: &[&str]) -> Result<Vec<f64>> {
     if prompts.len() != images.len() {
         let message = format!("{} prompts for {} images", prompts.len(), images.len());
         return Err(Error::invalid("reward", message));

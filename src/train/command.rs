@@ -37,8 +37,7 @@ pub struct Args {
 /// # Errors
 /// Names the option or file at fault.
 pub fn execute(method: Method, args: &Args, cancel: &CancelToken) -> Result<bool> {
-    let settings =
-        configure(method, args.preset.as_deref(), args.config.as_deref(), &args.flags)?;
+    let settings = configure(method, args.preset.as_deref(), args.config.as_deref(), &args.flags)?;
     if args.dry_run {
         print!("{}", dry_run(method, &settings)?);
         return Ok(true);

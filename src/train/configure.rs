@@ -38,7 +38,11 @@ impl From<Method> for Settings {
             out: None,
             seed: 0,
             steps: 400,
-            data: (!rlhf).then_some(ImageSource::Scenes { split: Split::Train, count: 4096, seed: 1 }),
+            data: (!rlhf).then_some(ImageSource::Scenes {
+                split: Split::Train,
+                count: 4096,
+                seed: 1,
+            }),
             crop: Crop::Center,
             flip: false,
             buckets: false,
@@ -162,12 +166,7 @@ fn known() -> Result<Vec<String>> {
     Ok(object(&Flags::default())?.into_iter().map(|(key, _)| key).collect())
 }
 
-fn overlay(
-    all: &mut Map<String, Value>,
-    text: &str,
-    known: &[String],
-    path: &Path,
-) -> Result<()> {
+fn overlay(all: &mut Map<String, Value>, text: &str, known: &[String], path: &Path) -> Result<()> {
     let table: Map<String, Value> = toml::from_str(text).map_err(|e| Error::file(path, e))?;
     for (key, value) in table {
         if !known.contains(&key) {

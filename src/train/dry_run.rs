@@ -70,7 +70,8 @@ impl UpdateCost {
             let images = groups * if s.rollout_shared { 1.0 } else { n };
             let reuse = s.rollout_reuse as f64;
             cost.rollout =
-                images * kind.evaluations(s.rollout_steps) as f64 * twice(s.rollout_guidance) / reuse;
+                images * kind.evaluations(s.rollout_steps) as f64 * twice(s.rollout_guidance)
+                    / reuse;
             if s.score == Score::Sample {
                 cost.images = images / reuse;
             }

@@ -18,7 +18,8 @@ impl Ema {
     /// # Errors
     /// When memory runs out.
     pub fn new(vars: &BTreeMap<String, Var>, decay: f64) -> Result<Self> {
-        let copy = |(name, var): (&String, &Var)| Ok((name.clone(), Var::from_tensor(&var.copy()?)?));
+        let copy =
+            |(name, var): (&String, &Var)| Ok((name.clone(), Var::from_tensor(&var.copy()?)?));
         Ok(Self { decay, averages: vars.iter().map(copy).collect::<Result<_>>()? })
     }
 

@@ -47,7 +47,7 @@ pub struct Feed {
 }
 
 enum Kind {
-    Prompts { all: Vec<String>, order: Order, rollout: Rollout, replay: Option<Replay> },
+    Prompts { all: Vec<String>, order: Order, rollout: Box<Rollout>, replay: Option<Replay> },
     Pairs { cache: LatentCache, batches: Batches },
 }
 
@@ -56,7 +56,12 @@ impl Feed {
     ///
     /// # Errors
     /// Names the source that is unusable.
-    pub fn open(setup: &Setup, base: &SdxlModel, cancel: &CancelToken, quiet: bool) -> Result<Self> {
+    pub fn open(
+        setup: &Setup,
+        base: &SdxlModel,
+        cancel: &CancelToken,
+        quiet: bool,
+    ) -> Result<Self> {
         let settings = &setup.settings;
         let shape = base.latent_shape(setup.size.0, setup.size.1)?;
         let listed = |source| -> Result<Vec<String>> {
@@ -70,7 +75,7 @@ impl Feed {
             (Method::Rlhf, _, Some(source)) => {
                 let all = listed(source)?;
                 let order = Order::new(all.len(), settings.seed);
-                let rollout = Rollout::new(settings, &setup.schedule, shape)?;
+                let rollout = Box::new(Rollout::new(settings, &setup.schedule, shape)?);
                 Kind::Prompts { all, order, rollout, replay: None }
             }
             (Method::Sft, Some(source), _) => {
@@ -166,7 +171,8 @@ impl Feed {
         if self.settings.validate_every == 0 {
             return Ok(Vec::new());
         }
-        let cache = cached(setup, source, transform(setup, Crop::Center, false, false), 1, cancel, quiet)?;
+        let cache =
+            cached(setup, source, transform(setup, Crop::Center, false, false), 1, cancel, quiet)?;
         let mut held = Vec::with_capacity(cache.len());
         for i in 0..cache.len() {
             let example = cache.get(i)?;
@@ -241,9 +247,10 @@ fn cached(
     let key = CacheKey { transform, variants, seed: settings.seed };
     let every = Every::Time(Duration::from_secs(10));
     let mut shown = Progress::new("image", 0, set.len() as u64, every, quiet);
-    let cache = LatentCache::open(set.as_ref(), &setup.folder, &key, &dir, cancel, &mut |done, all| {
-        shown.show(done as u64, &format!("encoding {done} of {all} images"));
-    })?;
+    let cache =
+        LatentCache::open(set.as_ref(), &setup.folder, &key, &dir, cancel, &mut |done, all| {
+            shown.show(done as u64, &format!("encoding {done} of {all} images"));
+        })?;
     shown.finish();
     if !cache.skipped().is_empty() {
         tracing::warn!(skipped = cache.skipped().len(), first = ?cache.skipped()[0], "images");

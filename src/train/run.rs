@@ -111,8 +111,7 @@ struct Run<'a> {
 pub fn run(setup: &Setup, cancel: &CancelToken, quiet: bool) -> Result<Outcome> {
     let mut run = Run::open(setup, cancel, quiet)?;
     let every = Every::Time(Duration::from_secs(10));
-    let mut shown =
-        RunProgress::new(run.state.progress.step, setup.settings.steps, every, quiet);
+    let mut shown = RunProgress::new(run.state.progress.step, setup.settings.steps, every, quiet);
     if run.state.progress.step == 0 {
         run.interruptible(|run| run.validate(0))?;
     }
@@ -151,7 +150,8 @@ impl Setup {
     /// Names the setting or file at fault.
     pub fn open(method: Method, settings: Settings) -> Result<Self> {
         settings.check(method)?;
-        let out = settings.out.clone().ok_or_else(|| Error::invalid("out", "missing: give a folder"))?;
+        let out =
+            settings.out.clone().ok_or_else(|| Error::invalid("out", "missing: give a folder"))?;
         let placement = settings.placement()?;
         let path = Path::new(&settings.model);
         let options = OpenOptions { vae: ModelFolder::vae_of(path), ..OpenOptions::default() };
@@ -192,7 +192,9 @@ impl<'a> Run<'a> {
         let trainable = Trainable::new(folder, settings)?;
         let mut state = State {
             optimizer: AdamW::new(&trainable.vars, settings.optimizer())?,
-            ema: (settings.ema > 0.0).then(|| Ema::new(&trainable.vars, settings.ema)).transpose()?,
+            ema: (settings.ema > 0.0)
+                .then(|| Ema::new(&trainable.vars, settings.ema))
+                .transpose()?,
             reference: None,
             scorer: Scorer::new(&setup.rewards, settings)?,
             feed: Feed::open(setup, &base.0, cancel, quiet)?,
@@ -213,7 +215,8 @@ impl<'a> Run<'a> {
         };
         let gradients = Gradients::new(&state.trainable.vars, Missing::Allow)?;
         let recorder = Recorder::open(&setup.out, state.progress.step)?;
-        let text = toml::to_string(&table).map_err(|e| Error::invalid("settings", e.to_string()))?;
+        let text =
+            toml::to_string(&table).map_err(|e| Error::invalid("settings", e.to_string()))?;
         write_atomic(&setup.out.join("config.toml"), text.as_bytes())?;
         let mut run = Self {
             setup,
@@ -267,11 +270,10 @@ impl<'a> Run<'a> {
         };
         let mut policy =
             Policy { unet: &self.policy, gradients: &mut self.gradients, meter: &meter };
-        let report =
-            sharpening.update(update, &groups, models, &mut state.scorer, &mut policy)?;
+        let report = sharpening.update(update, &groups, models, &mut state.scorer, &mut policy)?;
         self.cancel.check()?;
-        let lr = settings.lr
-            * factor(settings.lr_schedule, update, settings.warmup, settings.steps);
+        let lr =
+            settings.lr * factor(settings.lr_schedule, update, settings.warmup, settings.steps);
         state.optimizer.set_lr(lr)?;
         let norm = self.step_weights(&report)?;
         let progress = &mut self.state.progress;
@@ -473,7 +475,10 @@ impl<'a> Run<'a> {
                 ("ss_resolution", format!("({width}, {height})")),
                 (
                     "ss_training_comment",
-                    format!("Diffusion-Sharpening, {method}; rewards {}", settings.rewards.join(",")),
+                    format!(
+                        "Diffusion-Sharpening, {method}; rewards {}",
+                        settings.rewards.join(",")
+                    ),
                 ),
                 ("modelspec.resolution", format!("{width}x{height}")),
                 ("modelspec.implementation", format!("diffusion-sharpening {version}")),
@@ -504,9 +509,8 @@ impl State {
             ema.load(&part("ema")?)?;
         }
         if let Ok(reference) = part("reference") {
-            let on_device = |(name, t): (String, Tensor)| {
-                Ok::<_, Error>((name, t.to_device(folder.device())?))
-            };
+            let on_device =
+                |(name, t): (String, Tensor)| Ok::<_, Error>((name, t.to_device(folder.device())?));
             self.reference = Some(reference.into_iter().map(on_device).collect::<Result<_>>()?);
         }
         if let Some(update) = progress.replay {

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
 use super::settings::{RewardScale, Settings};
 use crate::diffusion::cost::Units;
 use crate::diffusion::meter::MeteredDecoder;
 use crate::rewards::{Reward, RewardSet, checked};
 use crate::{Error, Result};
+use candle_core::Tensor;
 
 /// Weighted rewards.
 pub struct Scorer {
@@ -56,8 +56,7 @@ fn variance(scores: &[f64]) -> Option<f64> {
     let finite: Vec<f64> = scores.iter().copied().filter(|s| s.is_finite()).collect();
     let n = finite.len() as f64;
     let mean = finite.iter().sum::<f64>() / n;
-    (finite.len() > 1)
-        .then(|| finite.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / (n - 1.0))
+    (finite.len() > 1).then(|| finite.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / (n - 1.0))
 }
 
 /// Scores of images, images of one group next to each other.
@@ -121,7 +120,8 @@ impl Scorer {
             self.names().map(|name| (name.to_owned(), Vec::new())).collect();
         let calls: u64 = self.parts.iter().map(|p| p.reward.external_calls()).sum();
         for (i, prompts) in prompts.chunks(self.decode_batch).enumerate() {
-            let images = decoder.decode(&latents.narrow(0, i * self.decode_batch, prompts.len())?)?;
+            let images =
+                decoder.decode(&latents.narrow(0, i * self.decode_batch, prompts.len())?)?;
             let v = images.len() as u64;
             meter.reserve(Units { v, l: v * calls, ..Units::default() })?;
             for (part, (_, scores)) in self.parts.iter().zip(&mut parts) {

@@ -4,10 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use super::latents::Crop;
 use super::objective::LossKind;
+use crate::Result;
 use crate::data::images::ImageSource;
 use crate::data::prompts::PromptSource;
 use crate::nn::device::{DeviceChoice, NumberChoice, Placement};
-use crate::Result;
 
 /// Which training method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

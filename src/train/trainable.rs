@@ -72,8 +72,11 @@ impl Trainable {
             let normal = key.rng(Purpose::Training, u64::MAX, index as u64);
             let count = down.iter().product();
             let deviation = 1.0 / rank as f32;
-            let values: Vec<f32> =
-                StandardNormal.sample_iter(normal).take(count).map(|v: f32| v * deviation).collect();
+            let values: Vec<f32> = StandardNormal
+                .sample_iter(normal)
+                .take(count)
+                .map(|v: f32| v * deviation)
+                .collect();
             let device = folder.device();
             let values = Tensor::from_vec(values, down, device)?;
             vars.insert(format!("{module}.{DOWN}"), Var::from_tensor(&values)?);
@@ -113,11 +116,7 @@ impl Trainable {
     ///
     /// # Errors
     /// When the values do not fit the checkpoint.
-    pub fn network(
-        &self,
-        folder: &ModelFolder,
-        values: BTreeMap<String, Tensor>,
-    ) -> Result<UNet> {
+    pub fn network(&self, folder: &ModelFolder, values: BTreeMap<String, Tensor>) -> Result<UNet> {
         match self.kind {
             Kind::Lora { .. } => folder.unet_with(&self.adapter(values)?),
             Kind::Full { computed } => {
@@ -182,10 +181,7 @@ impl Trainable {
 }
 
 /// Gives variables the values of these tensors, which must be the same ones.
-pub(super) fn load(
-    vars: &BTreeMap<String, Var>,
-    tensors: &BTreeMap<String, Tensor>,
-) -> Result<()> {
+pub(super) fn load(vars: &BTreeMap<String, Var>, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     for (name, var) in vars {
         match tensors.get(name) {
             None => return Err(Error::invalid(name, "is missing")),

@@ -8,6 +8,7 @@ use image::RgbImage;
 use super::pass::{Sample, evaluate};
 use super::settings::Settings;
 use super::texts::Texts;
+use crate::Result;
 use crate::diffusion::cost::Units;
 use crate::diffusion::denoiser::Conditioning;
 use crate::diffusion::guidance::Guided;
@@ -19,7 +20,6 @@ use crate::diffusion::solver::{SolverKind, SolverSpec};
 use crate::diffusion::trajectory::{Row, State, Trajectory};
 use crate::rewards::{RewardSet, checked};
 use crate::util::CancelToken;
-use crate::Result;
 
 /// The prompts of a run's validations. Prompt i has the image of seed i.
 pub struct Validation<'a> {
@@ -85,8 +85,7 @@ impl Validation<'_> {
             let images = decoder.decode(&end.x)?;
             meter.reserve(Units { v: images.len() as u64, ..Units::default() })?;
             for reward in self.rewards.iter() {
-                let found =
-                    meter.time("reward", || checked(reward.as_ref(), &images, prompts))?;
+                let found = meter.time("reward", || checked(reward.as_ref(), &images, prompts))?;
                 scores.entry(reward.name().to_owned()).or_default().extend(found);
             }
             let room = self.settings.validation_images.saturating_sub(kept.len());

@@ -13,7 +13,7 @@ use crate::{Error, Result};
 const LONGEST: u32 = 16;
 
 /// Which part of a scaled image is taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Crop {
     Center,

@@ -89,8 +89,7 @@ impl Chain<'_> {
             x = pick(&x, &stays)?;
             active = stays.into_iter().map(|i| active[i]).collect();
             let here: Vec<Row> = active.iter().map(|i| rows[*i]).collect();
-            let t: Vec<f64> =
-                here.iter().map(|row| row.start.t - k as f64 * self.stride).collect();
+            let t: Vec<f64> = here.iter().map(|row| row.start.t - k as f64 * self.stride).collect();
             if estimates {
                 let output = self.predict(&x, &t, &here)?;
                 let (next, tweedie) = self.step(&x, &output, &t, &here, k)?;
@@ -100,7 +99,8 @@ impl Chain<'_> {
                 continue;
             }
             // Only those that go on are evaluated.
-            let on: Vec<usize> = (0..here.len()).filter(|i| here[*i].start.states > k + 1).collect();
+            let on: Vec<usize> =
+                (0..here.len()).filter(|i| here[*i].start.states > k + 1).collect();
             levels.push(Level { rows: active.clone(), t: t.clone(), x: x.clone(), x0: None });
             if on.is_empty() {
                 break;

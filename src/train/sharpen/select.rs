@@ -22,8 +22,6 @@ pub enum Skip {
 }
 
 impl Skip {
-    pub const ALL: [Self; 3] = [Self::TooFew, Self::Tie, Self::SmallGap];
-
     pub fn name(self) -> &'static str {
         match self {
             Self::TooFew => "too_few_scores",

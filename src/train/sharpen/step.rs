@@ -6,9 +6,9 @@ use candle_core::Tensor;
 
 use super::chain::{Chain, Level, Row, pick};
 use super::draw::{Start, starts, stride};
-use super::select::{Pick, Skip, aggregate, select};
+use super::select::{Pick, aggregate, select};
 use super::tracks::{Track, Tracks};
-use crate::diffusion::denoiser::{Conditioning, Denoiser, TextCond};
+use crate::diffusion::denoiser::{Conditioning, TextCond};
 use crate::diffusion::guidance::Guided;
 use crate::diffusion::meter::{Meter, MeteredDecoder, MeteredDenoiser};
 use crate::diffusion::noise::Purpose;

@@ -76,7 +76,8 @@ impl Tracks<'_> {
         report.used = self.tracks.len() / per_group;
         let scale = 1.0 / report.used as f64;
         let (mut seen, mut notes) = (0, Notes::default());
-        for part in (0..self.tracks.len()).collect::<Vec<_>>().chunks(self.settings.micro * per_group)
+        for part in
+            (0..self.tracks.len()).collect::<Vec<_>>().chunks(self.settings.micro * per_group)
         {
             let range = part[0]..part[0] + part.len();
             let (tracks, samples) = (&self.tracks[range.clone()], &samples[range]);
@@ -121,11 +122,7 @@ impl Tracks<'_> {
         Ok(samples)
     }
 
-    fn reference(
-        &self,
-        samples: &[Vec<Sample>],
-        denoiser: &MeteredDenoiser,
-    ) -> Result<Reference> {
+    fn reference(&self, samples: &[Vec<Sample>], denoiser: &MeteredDenoiser) -> Result<Reference> {
         let rows = self.settings.rollout_batch;
         if self.settings.reference_states == ReferenceStates::All {
             let Predicted { outputs, losses } = evaluate(denoiser, &samples.concat(), rows)?;
@@ -271,7 +268,8 @@ impl Tracks<'_> {
             let (x0, eps) = transition.x0_eps(&x, output)?;
             transition.mean(&x0, &eps)
         };
-        let apart = (mean(&predicted.outputs)? - mean(reference)?)?.sqr()?.flatten_from(1)?.sum(1)?;
+        let apart =
+            (mean(&predicted.outputs)? - mean(reference)?)?.sqr()?.flatten_from(1)?.sum(1)?;
         let apart = apart.to_vec1::<f32>()?;
         let with_noise = apart.iter().zip(transition.std()).filter(|(_, std)| **std > 0.0);
         Ok(with_noise.map(|(apart, std)| f64::from(*apart) / (2.0 * std * std)).collect())
