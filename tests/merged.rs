@@ -304,6 +304,10 @@ fn every_naming_is_converted() {
     let out = dir.path().join("out.bin");
     let error = convert(&model, &file, &out, LoraFormat::Kohya, DType::F32).unwrap_err();
     assert_names(&error.to_string(), &["out", "out.bin", ".safetensors"]);
+    let out = dir.path().join("other.safetensors");
+    let error = convert(&tiny(), &file, &out, LoraFormat::Kohya, DType::F32).unwrap_err();
+    assert_names(&error.to_string(), &["kohya.safetensors", "unet", "linear_1", "60", "320"]);
+    assert!(!out.exists());
     let none = dir.path().join("none.safetensors");
     let error =
         convert(&model, &none, &dir.path().join("o.safetensors"), LoraFormat::Kohya, DType::F32);

@@ -18,7 +18,7 @@ fn masked(data: &[u8]) -> u32 {
             (c >> 1) ^ if c & 1 == 1 { 0x82f6_3b78 } else { 0 }
         })
     });
-    ((crc >> 15) | (crc << 17)).wrapping_add(0xa282_ead8)
+    crc.rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
 fn frames(path: &Path) -> Vec<Vec<u8>> {
@@ -153,7 +153,9 @@ fn everything_is_in_the_event_file() {
     let mut recorder = Recorder::open(&dir, 0).unwrap();
     recorder.text(0, "config", "rank = 16\n[data]\nname = \"scenes\"\n").unwrap();
     recorder.image(0, "validation/0", &picture()).unwrap();
-    recorder.record(1, &scalars(&[("loss", 0.1), ("reward/mean", 2.5)])).unwrap();
+    recorder
+        .record(1, &scalars(&[("gap", f64::NAN), ("loss", 0.1), ("reward/mean", 2.5)]))
+        .unwrap();
     let odd = [("loss", f64::NAN), ("gap", f64::INFINITY), ("large", -1e300)];
     recorder.record(300, &scalars(&odd)).unwrap();
     recorder.flush().unwrap();
@@ -201,7 +203,7 @@ fn everything_is_in_the_event_file() {
     let lines = lines(&dir);
     assert_eq!(lines.len(), 2);
     let keys: Vec<&str> = lines[0].as_object().unwrap().keys().map(String::as_str).collect();
-    assert_eq!(keys, ["step", "time", "loss", "reward/mean"]);
+    assert_eq!(keys, ["step", "time", "gap", "loss", "reward/mean"]);
     assert_eq!((&lines[0]["step"], &lines[0]["loss"]), (&1.into(), &0.1.into()));
     assert!((lines[0]["time"].as_f64().unwrap() - time).abs() < 60.0);
 }

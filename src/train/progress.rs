@@ -57,8 +57,8 @@ mod tests {
 
     #[test]
     fn a_message_has_what_the_step_has() {
-        let whole = Glance { loss: Some(0.512_34), reward: Some(0.5), skipped: 3 };
-        let expected = "step 7/20, loss 0.5123, reward 0.500, 3 skipped";
+        let whole = Glance { loss: Some(0.123_46), reward: Some(0.5), skipped: 3 };
+        let expected = "step 7/20, loss 0.1235, reward 0.500, 3 skipped";
         assert_eq!(message(7, 20, &whole), expected);
         assert_eq!(message(7, 20, &Glance::default()), "step 7/20");
     }
