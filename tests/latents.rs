@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
-use diffusion_sharpening::data::images::{self, ImageTextSet};
+use diffusion_sharpening::data::images;
 use diffusion_sharpening::nn::device::Placement;
 use diffusion_sharpening::sdxl::folder::ModelFolder;
 use diffusion_sharpening::train::latents::{Batches, CacheKey, Crop, LatentCache, Transform};
@@ -100,7 +100,7 @@ fn put(dir: &TempDir, name: &str, bytes: impl AsRef<[u8]>) {
 fn pictures(good: u32, broken: u32) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     for i in 0..good {
-        let (width, height) = [(90, 70), (40, 80), (64, 64)][i as usize % 3];
+        let (width, height) = [(90, 60), (40, 80), (64, 64)][i as usize % 3];
         places(width, height).save(dir.path().join(format!("good{i:02}.png"))).unwrap();
         put(&dir, &format!("good{i:02}.txt"), format!("picture {i}"));
     }
