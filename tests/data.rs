@@ -123,7 +123,6 @@ fn prompts_are_read_from_parquet() {
     for compression in
         [Compression::SNAPPY, Compression::ZSTD(Default::default()), Compression::LZ4_RAW]
     {
-        let columns = ["seed", "prompt"];
         write_parquet(
             &path,
             "message m { OPTIONAL BYTE_ARRAY seed; OPTIONAL BYTE_ARRAY prompt; }",
@@ -133,7 +132,7 @@ fn prompts_are_read_from_parquet() {
             &|_| texts.clone(),
         );
         let list = prompts::load(&path.to_str().unwrap().parse().unwrap()).unwrap();
-        assert_eq!(list.prompts.len(), 24, "{columns:?}");
+        assert_eq!(list.prompts.len(), 24, "{compression}");
         assert_eq!((list.prompts[6].as_str(), list.prompts[7].as_str()), ("p 6", "p 8"));
         assert_eq!(list.skipped[0].to_string(), "row 7: is null");
     }
@@ -385,9 +384,10 @@ const POKEMON: &str = "message schema {
 
 #[test]
 fn parquet_with_embedded_images() {
+    const ROWS: usize = 45;
     let dir = folder();
-    let images: Vec<Vec<u8>> = (0..9).map(png).collect();
-    let texts: Vec<String> = (0..9).map(|i| format!("text {i}")).collect();
+    let images: Vec<Vec<u8>> = (0..ROWS).map(|i| png(i as u8 % 9)).collect();
+    let texts: Vec<String> = (0..ROWS).map(|i| format!("text {i}")).collect();
     let values = |column: usize| -> Vec<Option<&[u8]>> {
         let cell = |i: usize| match (column, i) {
             (0, 4) => None,
@@ -397,27 +397,30 @@ fn parquet_with_embedded_images() {
             (_, 6) => None,
             _ => Some(texts[i].as_bytes()),
         };
-        (0..9).map(cell).collect()
+        (0..ROWS).map(cell).collect()
     };
     // Row groups that do not divide the rows.
     for name in ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"] {
-        write_parquet(&dir.path().join(name), POKEMON, 3, 4, Compression::SNAPPY, &values);
+        write_parquet(&dir.path().join(name), POKEMON, 3, 40, Compression::SNAPPY, &values);
     }
     let set = open_in(&dir, "");
     let examples = all(&*set);
-    assert_eq!(examples.len(), 18);
-    for i in [0, 1, 2, 3, 7, 8] {
+    assert_eq!(examples.len(), 2 * ROWS);
+    for i in (0..ROWS).filter(|i| !(4..7).contains(i)) {
         let name = format!("train-00001-of-00002.parquet row {i}");
-        holds(&examples[9 + i], &name, &texts[i], i as u8);
+        holds(&examples[ROWS + i], &name, &texts[i], i as u8 % 9);
     }
     fails(&examples[4], &["row 4", "has no image"]);
     fails(&examples[5], &["row 5"]);
     fails(&examples[6], &["row 6", "has no caption"]);
     // In any order, and from several threads.
     std::thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| {
-                [16, 3, 11, 0].map(|i| assert_eq!(set.example(i).ok(), examples[i].clone().ok()))
+        for start in 0..4 {
+            let (set, examples) = (&set, &examples);
+            scope.spawn(move || {
+                for i in (0..2 * ROWS).map(|i| (i * 37 + start) % (2 * ROWS)) {
+                    assert_eq!(set.example(i).ok(), examples[i].clone().ok());
+                }
             });
         }
     });
