@@ -13,6 +13,9 @@ use super::{Example, ImageTextSet, below, no_column};
 use crate::data::table::{Column, json_text, text};
 use crate::{Error, Result};
 
+/// Tar files are made of blocks of so many bytes.
+const BLOCK: u64 = 512;
+
 /// Where a member's bytes lie in its shard.
 #[derive(Clone, Copy)]
 struct Place {
@@ -88,9 +91,15 @@ impl Shards {
 
 fn index(shard: usize, path: &Path, members: &mut Vec<Member>) -> Result<()> {
     let file = File::open(path).map_err(|e| Error::file(path, e))?;
+    let length = file.metadata().map_err(|e| Error::file(path, e))?.len();
     let mut archive = tar::Archive::new(file);
     let entries = archive.entries_with_seek().map_err(|e| Error::file(path, e))?;
     let mut places: HashMap<String, usize> = HashMap::new();
+    let rest = |reason: String| {
+        let (key, broken) = ("(the rest)".into(), Some(reason));
+        Member { shard, key, broken, ..Member::default() }
+    };
+    let mut end = 0;
     for entry in entries {
         let named = entry.and_then(|entry| {
             let path = entry.path()?.to_string_lossy().into_owned();
@@ -100,11 +109,11 @@ fn index(shard: usize, path: &Path, members: &mut Vec<Member>) -> Result<()> {
         let (is_file, name, place) = match named {
             Ok(named) => named,
             Err(e) => {
-                let (key, broken) = ("(the rest)".into(), Some(e.to_string()));
-                members.push(Member { shard, key, broken, ..Member::default() });
+                members.push(rest(e.to_string()));
                 return Ok(());
             }
         };
+        end = place.at + place.bytes.next_multiple_of(BLOCK);
         let folders = name.rfind('/').map_or(0, |i| i + 1);
         let Some(dot) = name[folders..].find('.').filter(|_| is_file) else { continue };
         let (key, rest) = (&name[..folders + dot], &name[folders + dot + 1..]);
@@ -119,6 +128,10 @@ fn index(shard: usize, path: &Path, members: &mut Vec<Member>) -> Result<()> {
             extension if IMAGE.contains(&extension) => member.image = Some(place),
             _ => {}
         }
+    }
+    // Two blocks of zeros end an archive; one is enough to tell that nothing was cut off.
+    if length < end + BLOCK {
+        members.push(rest("the archive has no end: it was not copied whole".into()));
     }
     Ok(())
 }
