@@ -99,6 +99,8 @@ struct Run<'a> {
     gradients: Gradients,
     state: State,
     recorder: Recorder,
+    /// What the next record of a step says.
+    noted: BTreeMap<String, f64>,
     checkpoints: Checkpoints,
     held: Vec<Held>,
     cancel: &'a CancelToken,
@@ -113,7 +115,7 @@ pub fn run(setup: &Setup, cancel: &CancelToken, quiet: bool) -> Result<Outcome> 
     let every = Every::Time(Duration::from_secs(10));
     let mut shown = RunProgress::new(run.state.progress.step, setup.settings.steps, every, quiet);
     if run.state.progress.step == 0 {
-        run.interruptible(|run| run.validate(0))?;
+        run.finish_step(0)?;
     }
     let last = setup.settings.steps;
     while run.state.progress.step < last && !cancel.is_cancelled() {
@@ -128,12 +130,9 @@ pub fn run(setup: &Setup, cancel: &CancelToken, quiet: bool) -> Result<Outcome> 
             other => other?,
         }
         let step = run.state.progress.step;
-        if step.is_multiple_of(setup.settings.save_every) {
+        run.finish_step(step)?;
+        if step.is_multiple_of(setup.settings.save_every) && step != last {
             run.save()?;
-        }
-        let every = setup.settings.validate_every;
-        if every > 0 && (step.is_multiple_of(every) || step == last) {
-            run.interruptible(|run| run.validate(step))?;
         }
     }
     shown.finish();
@@ -226,6 +225,7 @@ impl<'a> Run<'a> {
             gradients,
             state,
             recorder,
+            noted: BTreeMap::new(),
             checkpoints,
             held,
             cancel,
@@ -234,12 +234,21 @@ impl<'a> Run<'a> {
         Ok(run)
     }
 
-    /// Runs `what`; being cancelled is no error.
-    fn interruptible(&mut self, what: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
-        match what(self) {
-            Err(Error::Cancelled) => Ok(()),
-            other => other,
+    /// Validates where that is due, and records what there is of the step. To be cancelled
+    /// meanwhile costs the validation alone.
+    fn finish_step(&mut self, step: u64) -> Result<()> {
+        let Settings { validate_every: every, steps, .. } = self.setup.settings;
+        if every > 0 && (step.is_multiple_of(every) || step == steps) {
+            match self.validate(step) {
+                Err(Error::Cancelled) => {}
+                other => other?,
+            }
         }
+        let noted = std::mem::take(&mut self.noted);
+        if noted.is_empty() {
+            return Ok(());
+        }
+        self.recorder.record(step, &noted)
     }
 
     /// The policy as it is, without gradients.
@@ -287,7 +296,7 @@ impl<'a> Run<'a> {
         for (stage, seconds) in &cost.seconds {
             *progress.cost.seconds.entry(stage.clone()).or_default() += seconds;
         }
-        self.note(&report, lr, norm, &cost.seconds)?;
+        self.note(&report, lr, norm, &cost.seconds);
         self.refresh_reference()?;
         if progress_failed(&self.state.progress) {
             let message = format!("not finite in {MOST_NOT_FINITE} updates in a row");
@@ -339,10 +348,10 @@ impl<'a> Run<'a> {
         lr: f64,
         norm: Option<f64>,
         seconds: &BTreeMap<String, f64>,
-    ) -> Result<()> {
+    ) {
         let progress = &self.state.progress;
-        let mut scalars: BTreeMap<String, f64> = BTreeMap::new();
-        let mut put = |name: String, value: f64| scalars.insert(name, value);
+        let noted = &mut self.noted;
+        let mut put = |name: String, value: f64| noted.insert(name, value);
         report.means.iter().for_each(|(name, mean)| {
             put(format!("train/{name}"), *mean);
         });
@@ -364,7 +373,6 @@ impl<'a> Run<'a> {
         for (stage, seconds) in seconds {
             put(format!("seconds/{stage}"), *seconds);
         }
-        self.recorder.record(progress.step, &scalars)
     }
 
     /// The average where there is one, else the weights.
@@ -374,9 +382,6 @@ impl<'a> Run<'a> {
 
     fn validate(&mut self, step: u64) -> Result<()> {
         let settings = &self.setup.settings;
-        if settings.validate_every == 0 {
-            return Ok(());
-        }
         let unet = self.state.trainable.network(&self.setup.folder, self.judged())?;
         let model = Guided(self.base.0.with_unet(unet));
         let meter = Meter::new(Budget::default());
@@ -393,10 +398,8 @@ impl<'a> Run<'a> {
         if !self.held.is_empty() {
             means.extend(validation.loss(&model, &self.held, &meter, self.cancel)?);
         }
-        let scalars: BTreeMap<String, f64> =
-            means.into_iter().map(|(name, mean)| (format!("validation/{name}"), mean)).collect();
-        tracing::info!(step, ?scalars, "validated");
-        self.recorder.record(step, &scalars)?;
+        let named = means.into_iter().map(|(name, mean)| (format!("validation/{name}"), mean));
+        self.noted.extend(named);
         if let Some(sheet) = sheet(&images) {
             self.recorder.image(step, "validation", &sheet)?;
             let path = self.setup.out.join("validation").join(format!("step-{step:06}.png"));
@@ -406,7 +409,7 @@ impl<'a> Run<'a> {
                 .map_err(|e| Error::file(&path, e))?;
             write_atomic(&path, &png)?;
         }
-        self.recorder.flush()
+        Ok(())
     }
 
     fn save(&mut self) -> Result<()> {
