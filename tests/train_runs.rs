@@ -10,8 +10,9 @@ use common::read;
 use diffusion_sharpening::data::images::ImageSource;
 use diffusion_sharpening::data::prompts::PromptSource;
 use diffusion_sharpening::data::scenes::Split;
-use diffusion_sharpening::train::run::{Outcome, Setup, run};
+use diffusion_sharpening::train::run::{Outcome, run};
 use diffusion_sharpening::train::settings::{Method, Renoise, Score, Settings, Trained};
+use diffusion_sharpening::train::setup::Setup;
 use diffusion_sharpening::util::CancelToken;
 
 /// A method and what its settings differ in.

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use super::configure::configure;
 use super::dry_run::dry_run;
 use super::flags::Flags;
-use super::run::{Setup, run};
+use super::run::run;
 use super::settings::Method;
+use super::setup::Setup;
 use crate::Result;
 use crate::util::CancelToken;
 

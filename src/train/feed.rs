@@ -10,9 +10,9 @@ use rand::Rng;
 
 use super::latents::{Batches, CacheKey, Crop, LatentCache, LatentExample, Transform};
 use super::rollout::{Replay, Rollout};
-use super::run::Setup;
 use super::score::Scorer;
 use super::settings::{Method, Settings};
+use super::setup::Setup;
 use super::sharpen::{Group, group_key};
 use super::source::Order;
 use super::texts::Texts;

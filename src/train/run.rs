@@ -2,11 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::{DType, Tensor};
-use serde_json::{Map, Value};
 
 use super::checkpoint::{Checkpoint, Checkpoints, Progress};
 use super::ema::Ema;
@@ -16,20 +14,18 @@ use super::metrics::Recorder;
 use super::optimizer::{AdamW, Gradients, Missing, Step};
 use super::pass::Policy;
 use super::progress::{Glance, RunProgress};
+use super::resume::same;
 use super::score::Scorer;
-use super::settings::{ExportFormat, ExportType, LrSchedule, Method, Settings};
+use super::settings::{ExportFormat, ExportType, Settings};
+use super::setup::Setup;
 use super::sharpen::{Models, Report, Sharpening};
 use super::trainable::Trainable;
 use super::validation::{Held, Validation, sheet};
-use crate::diffusion::config::SchedulerConfig;
 use crate::diffusion::cost::Budget;
 use crate::diffusion::guidance::Guided;
 use crate::diffusion::meter::Meter;
-use crate::diffusion::schedule::NoiseSchedule;
 use crate::diffusion::sdxl_model::SdxlModel;
 use crate::progress::Every;
-use crate::rewards::RewardSet;
-use crate::sdxl::folder::OpenOptions;
 use crate::sdxl::lora::LoraFormat;
 use crate::sdxl::{ModelFolder, UNet};
 use crate::util::{CancelToken, write_atomic};
@@ -37,25 +33,6 @@ use crate::{Error, Result};
 
 /// Updates in a row without a finite gradient that end a run.
 const MOST_NOT_FINITE: u64 = 10;
-/// What may differ when a run goes on: it changes no number of what was done.
-const FREE: [&str; 15] = [
-    "out",
-    "device",
-    "steps",
-    "rollout_batch",
-    "decode_batch",
-    "save_every",
-    "keep",
-    "validate_every",
-    "validation_prompts",
-    "validation_steps",
-    "validation_guidance",
-    "validation_images",
-    "validation_data",
-    "export_format",
-    "export_dtype",
-];
-
 /// How a run ended.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -63,19 +40,6 @@ pub struct Outcome {
     pub finished: bool,
     /// What other programs can load.
     pub exported: PathBuf,
-}
-
-/// Everything that stays the same during a run.
-pub struct Setup {
-    pub method: Method,
-    pub settings: Settings,
-    pub folder: Arc<ModelFolder>,
-    pub rewards: RewardSet,
-    pub scheduler: SchedulerConfig,
-    pub schedule: NoiseSchedule,
-    /// Pixels.
-    pub size: (u32, u32),
-    pub out: PathBuf,
 }
 
 /// What changes.
@@ -140,45 +104,6 @@ pub fn run(setup: &Setup, cancel: &CancelToken, quiet: bool) -> Result<Outcome> 
     let exported = run.export(&setup.out)?;
     let step = run.state.progress.step;
     Ok(Outcome { step, finished: step >= last, exported })
-}
-
-impl Setup {
-    /// Loads the checkpoint that `settings` name.
-    ///
-    /// # Errors
-    /// Names the setting or file at fault.
-    pub fn open(method: Method, settings: Settings) -> Result<Self> {
-        settings.check(method)?;
-        let out =
-            settings.out.clone().ok_or_else(|| Error::invalid("out", "missing: give a folder"))?;
-        let placement = settings.placement()?;
-        let path = Path::new(&settings.model);
-        let options = OpenOptions { vae: ModelFolder::vae_of(path), ..OpenOptions::default() };
-        let folder = ModelFolder::open_with(path, &placement, &options)?;
-        let scheduler: SchedulerConfig = folder.scheduler()?;
-        let schedule = NoiseSchedule::new(&scheduler)?;
-        if settings.t_max as usize >= schedule.num_train_timesteps() {
-            let last = schedule.num_train_timesteps() - 1;
-            let message = format!("expected at most {last}, got {}", settings.t_max);
-            return Err(Error::invalid("t_max", message));
-        }
-        if settings.chain_steps > schedule.num_train_timesteps() {
-            return Err(Error::invalid("chain_steps", "more than the schedule has timesteps"));
-        }
-        let rewards = crate::rewards::registry::for_model(path)?;
-        let default = folder.default_size();
-        let size = settings.resolution.map_or(default, |side| (side, side));
-        Ok(Self {
-            method,
-            settings,
-            folder: Arc::new(folder),
-            rewards,
-            scheduler,
-            schedule,
-            size,
-            out: out.into(),
-        })
-    }
 }
 
 impl<'a> Run<'a> {
@@ -523,29 +448,4 @@ impl State {
         self.progress = progress;
         Ok(())
     }
-}
-
-/// Whether a run with these settings may go on from a checkpoint with those.
-fn same(before: &Map<String, Value>, now: &Map<String, Value>, settings: &Settings) -> Result<()> {
-    let free = |key: &str| {
-        let scheduled = key == "steps" && settings.lr_schedule != LrSchedule::Constant;
-        FREE.contains(&key) && !scheduled
-    };
-    let keys: std::collections::BTreeSet<&String> = before.keys().chain(now.keys()).collect();
-    let differs = |key: &&&String| !free(key) && before.get(**key) != now.get(**key);
-    let shown = |value: Option<&Value>| value.map_or("nothing".into(), Value::to_string);
-    let changed: Vec<String> = keys
-        .iter()
-        .filter(differs)
-        .map(|key| format!("{key} ({}, now {})", shown(before.get(*key)), shown(now.get(*key))))
-        .collect();
-    if changed.is_empty() {
-        return Ok(());
-    }
-    let message = format!(
-        "holds a run with other settings: {}; give another folder, or the settings of its \
-         config.toml",
-        changed.join(", ")
-    );
-    Err(Error::invalid("out", message))
 }
