@@ -4,6 +4,7 @@
 //! The modules are floors; each uses only those listed before it.
 
 pub mod error;
+pub mod progress;
 pub mod util;
 
 pub mod nn;

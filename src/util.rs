@@ -34,7 +34,29 @@ pub fn write_atomic_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()
 #[derive(Clone, Debug, Default)]
 pub struct CancelToken(std::sync::Arc<std::sync::atomic::AtomicBool>);
 
+/// What shells report for a process that SIGINT ended.
+pub const INTERRUPTED: u8 = 130;
+
 impl CancelToken {
+    /// A token that the first Ctrl-C (or SIGTERM) raises, which is then told; the second ends
+    /// the process.
+    ///
+    /// # Errors
+    /// When another handler is set already.
+    pub fn on_signal(told: &'static str) -> Result<Self> {
+        let cancel = Self::default();
+        let raised = cancel.clone();
+        ctrlc::set_handler(move || {
+            if raised.is_cancelled() {
+                std::process::exit(i32::from(INTERRUPTED));
+            }
+            raised.cancel();
+            eprintln!("\n{told}; again to stop at once");
+        })
+        .map_err(|e| Error::invalid("signals", format!("cannot watch for Ctrl-C: {e}")))?;
+        Ok(cancel)
+    }
+
     pub fn cancel(&self) {
         self.0.store(true, std::sync::atomic::Ordering::Relaxed);
     }

@@ -21,8 +21,8 @@ fn weights_are_rounded_once() {
     let folder = fixtures().join("parity/euler_v_odd");
     let dir = tempfile::tempdir().unwrap();
     let (file, back) = (dir.path().join("model.safetensors"), dir.path().join("back"));
-    export(&folder, &file, Layout::Single, DType::F16).unwrap();
-    export(&file, &back, Layout::Diffusers, DType::F16).unwrap();
+    export(&folder, &file, Layout::Single, DType::F16, &[]).unwrap();
+    export(&file, &back, Layout::Diffusers, DType::F16, &[]).unwrap();
     let mut compared = 0;
     for name in PARTS {
         let (original, written) = (part(&folder, name, DType::F16), part(&back, name, DType::F16));
@@ -44,7 +44,7 @@ fn outputs_that_would_not_be_found_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     for (name, layout) in [("model", Layout::Single), ("m.safetensors", Layout::Diffusers)] {
         let out = dir.path().join(name);
-        let error = export(&folder, &out, layout, DType::F16).unwrap_err().to_string();
+        let error = export(&folder, &out, layout, DType::F16, &[]).unwrap_err().to_string();
         assert_names(&error, &["out", "safetensors", name]);
         assert!(!out.exists());
     }

@@ -290,7 +290,7 @@ fn another_vae_takes_the_place_of_the_own_one() {
     let expected = values(&other.vae.decode(&latents).unwrap());
     assert_ne!(values(&open(&own).unwrap().vae.decode(&latents).unwrap()), expected);
     let with = |vae: &Path| {
-        let options = OpenOptions { vae: Some(vae.to_path_buf()) };
+        let options = OpenOptions { vae: Some(vae.to_path_buf()), ..OpenOptions::default() };
         ModelFolder::open_with(&own, &Placement::cpu(DType::F32), &options)
     };
     let mut sums = BTreeSet::from([open(&own).unwrap().sha256().unwrap()]);
@@ -326,10 +326,10 @@ fn a_vae_beside_a_checkpoint_is_exported_with_it() {
     let dir = tempfile::tempdir().unwrap();
     let (model, out) = (dir.path().join("a.safetensors"), dir.path().join("b.safetensors"));
     let folder = fixtures().join("parity/ddim_tiny");
-    export(&folder, &model, Layout::Single, DType::F32).unwrap();
+    export(&folder, &model, Layout::Single, DType::F32, &[]).unwrap();
     let own = open(&model).unwrap();
     let other = open(&written(dir.path(), "a.vae", &small(100))).unwrap();
-    export(&model, &out, Layout::Single, DType::F32).unwrap();
+    export(&model, &out, Layout::Single, DType::F32, &[]).unwrap();
     let latents = normal(3, &[1, 4, 4, 6]).to_dtype(DType::F32).unwrap();
     let decoded = |model: &ModelFolder| values(&model.vae.decode(&latents).unwrap());
     assert_eq!(decoded(&open(&out).unwrap()), decoded(&other));

@@ -4,8 +4,8 @@
 //! [`parity_cmd`], [`plan_cmd`], [`scene_report`], [`speed`]), over the parts they share: the
 //! grid and its resumable cells ([`sweep`], [`arm`], [`cell`], [`manifest`]),
 //! what is read off them ([`stats`], [`summary`], [`report`], [`plot`]), where
-//! prompts and images come from ([`prompts`], [`remote`], [`wiring`]), and the
-//! work that is timed ([`workload`], [`train_workload`] and [`op_workload`]).
+//! images come from ([`remote`], [`wiring`]), and the work that is timed
+//! ([`workload`], [`train_workload`] and [`op_workload`]).
 
 mod adapter;
 pub mod arm;
@@ -21,7 +21,6 @@ pub mod plan_cmd;
 pub mod plot;
 mod process;
 pub mod progress;
-pub mod prompts;
 pub mod remote;
 pub mod report;
 pub mod scene_report;

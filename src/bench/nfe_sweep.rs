@@ -6,10 +6,12 @@ use std::path::PathBuf;
 use super::arm::{Arm, MethodSpec, PLAIN};
 use super::manifest::{Manifest, SweepConfig};
 use super::options::Layer;
-use super::prompts::{self, PromptSpec};
 use super::remote::RemoteBackend;
 use super::sweep::{Shard, Sweep, Tally};
 use super::wiring;
+use crate::data::complaint;
+use crate::data::prompts::{self, PromptList, PromptSource};
+use crate::data::scenes::Split;
 use crate::engine::request::{Listing, ModelRef};
 use crate::engine::{Backend, CancelToken};
 use crate::{Error, Result};
@@ -139,7 +141,9 @@ pub fn configure(args: &Args, backend: &dyn Backend, command: &str) -> Result<Sw
         return Err(Error::invalid("guidance", "must be a number"));
     }
     let out = options.out.ok_or_else(|| Error::invalid("out", "missing: give a folder"))?;
-    let spec = options.prompts.unwrap_or(PromptSpec::Scenes(8));
+    let spec = options.prompts.unwrap_or(PromptSource::Scenes { split: Split::Test, count: 8 });
+    let list = prompts::load(&spec)?;
+    let prompts_source = described(&spec, &list);
     let config = SweepConfig {
         model: ModelRef { id: model.id, sha256: model.sha256 },
         adapter: options.adapter,
@@ -151,7 +155,7 @@ pub fn configure(args: &Args, backend: &dyn Backend, command: &str) -> Result<Sw
         methods: methods.iter().map(|m| m.label.clone()).collect(),
         budgets,
         seeds,
-        prompts: prompts::load(&spec)?,
+        prompts: list.prompts,
         shard: args.shard.map(|s| s.to_string()),
     };
     Ok(Sweep {
@@ -159,13 +163,7 @@ pub fn configure(args: &Args, backend: &dyn Backend, command: &str) -> Result<Sw
             format: 1,
             config,
             reference_budget: options.reference_budget,
-            prompts_source: match &spec {
-                PromptSpec::Scenes(_) => "the scene world's held-out test split".into(),
-                PromptSpec::File(path) => {
-                    let name = path.file_name().unwrap_or(path.as_os_str());
-                    format!("`{}`", name.to_string_lossy())
-                }
-            },
+            prompts_source,
             command: command.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         },
@@ -176,6 +174,24 @@ pub fn configure(args: &Args, backend: &dyn Backend, command: &str) -> Result<Sw
         extend: args.extend,
         quiet: args.quiet,
     })
+}
+
+/// Where prompts came from, for the report; what was left out is said at once, too.
+fn described(source: &PromptSource, list: &PromptList) -> String {
+    let name = match source {
+        PromptSource::Scenes { split: Split::Test, .. } => {
+            return "the scene world's held-out test split".into();
+        }
+        PromptSource::Scenes { split, .. } => return format!("the scene world's {split} split"),
+        PromptSource::File { path, .. } => path.file_name().unwrap_or(path.as_os_str()),
+    };
+    let name = name.to_string_lossy();
+    if list.skipped.is_empty() {
+        return format!("`{name}`");
+    }
+    let rows = list.prompts.len() + list.skipped.len();
+    tracing::warn!("{}", complaint(&list.skipped, rows));
+    format!("`{name}` ({} of {rows} rows could not be used)", list.skipped.len())
 }
 
 fn distinct<T: Ord + Clone + std::fmt::Display>(

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
-use super::prompts::PromptSpec;
+use crate::data::prompts::PromptSource;
 use crate::nn::device::{DeviceChoice, NumberChoice, Placement};
 use crate::{Error, Result};
 
@@ -83,10 +83,10 @@ pub struct Layer {
     /// [default: 100,200]
     #[arg(long, env = "DS_BENCH_BUDGETS", value_delimiter = ',', value_name = "LIST")]
     pub budgets: Option<Vec<u64>>,
-    /// Prompts: a file (one a line, .jsonl, .csv or .tsv), or N for the first N
-    /// of the scene world's held-out test split [default: 8]
+    /// Prompts: a file (one a line, .jsonl, .csv, .tsv or .parquet), or N for the
+    /// first N of the scene world's held-out test split [default: 8]
     #[arg(long, env = "DS_BENCH_PROMPTS", value_name = "FILE|N")]
-    pub prompts: Option<PromptSpec>,
+    pub prompts: Option<PromptSource>,
     /// Seeds: a half-open range 0..3, a list 0,5,7, or both [default: 0..1]
     #[arg(long, env = "DS_BENCH_SEEDS", value_name = "SEEDS")]
     pub seeds: Option<Seeds>,

@@ -10,7 +10,7 @@ use crate::{Error, Result};
 
 /// Print what a run will take in memory and arithmetic, before anything is loaded.
 ///
-/// Reads `config.json` files and no weights. With a budget, picks the micro-batch, and whether
+/// Reads `config.json` files (or a single file's header) and no weights. With a budget, picks the micro-batch, and whether
 /// blocks are computed anew, and fails if nothing fits. docs/memory.md explains every line.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
@@ -75,8 +75,8 @@ pub struct Args {
 #[derive(clap::Args, Clone, Debug)]
 #[group(required = true, multiple = false)]
 struct Source {
-    /// Checkpoint: a folder in the diffusers layout.
-    #[arg(long, value_name = "DIR")]
+    /// Checkpoint: a folder in the diffusers layout, or one file in Stability's.
+    #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
     /// The configuration of stable-diffusion-xl-base-1.0.
     #[arg(long)]
@@ -145,7 +145,7 @@ impl Args {
     /// Names the option or the configuration that is unusable, or what does not fit.
     fn plan(&self) -> Result<MemoryPlan> {
         let networks = match &self.source.model {
-            Some(path) => Networks::read(path)?,
+            Some(path) => Networks::at(path)?,
             None => Networks::sdxl()?,
         };
         let mode = self.mode()?;

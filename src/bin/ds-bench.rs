@@ -2,21 +2,18 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::{Parser, Subcommand};
 use diffusion_sharpening::bench::{
     nfe_sweep, parity_cmd, plan_cmd, scene_report, speed, sweep_merge,
 };
-use diffusion_sharpening::engine::CancelToken;
 use diffusion_sharpening::nn::{memory, threads};
+use diffusion_sharpening::util::{CancelToken, INTERRUPTED};
 
 #[global_allocator]
 static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Backward passes and deep graphs recurse: far more stack than a thread's default.
 const STACK: usize = 256 << 20;
-/// What shells report for a process that SIGINT ended.
-const INTERRUPTED: u8 = 130;
 
 /// Measure what search and sharpening buy, at exactly metered cost.
 #[derive(Parser)]
@@ -66,7 +63,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
 }
 
 fn sweep(args: &nfe_sweep::Args) -> anyhow::Result<ExitCode> {
-    let cancel = cancel_on_signal()?;
+    let cancel = CancelToken::on_signal("stopping after what is running now")?;
     let command = nfe_sweep::shell_line(
         std::iter::once("ds-bench".to_owned()).chain(std::env::args().skip(1)),
     );
@@ -86,19 +83,4 @@ fn sweep(args: &nfe_sweep::Args) -> anyhow::Result<ExitCode> {
         eprintln!("{} cells are left; to resume: {command}", tally.remaining);
     }
     Ok(if tally.interrupted { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
-}
-
-/// A token that the first Ctrl-C raises; the second ends the process.
-fn cancel_on_signal() -> anyhow::Result<CancelToken> {
-    let cancel = CancelToken::default();
-    let raised = cancel.clone();
-    ctrlc::set_handler(move || {
-        if raised.is_cancelled() {
-            std::process::exit(i32::from(INTERRUPTED));
-        }
-        raised.cancel();
-        eprintln!("\nstopping after what is running now; again to stop at once");
-    })
-    .context("cannot watch for Ctrl-C")?;
-    Ok(cancel)
 }

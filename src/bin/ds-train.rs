@@ -1,14 +1,25 @@
 //! `ds-train`: training data, training runs, and checkpoints in other layouts.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use candle_core::DType;
 use clap::{Parser, Subcommand, ValueEnum};
 use diffusion_sharpening::data::scenes::{self, Split, evaluate};
+use diffusion_sharpening::nn::{memory, threads};
 use diffusion_sharpening::sdxl::export::{Layout, export};
+use diffusion_sharpening::sdxl::lora::LoraFormat;
+use diffusion_sharpening::sdxl::lora_convert::convert;
+use diffusion_sharpening::sdxl::merge::Addition;
+use diffusion_sharpening::train::command;
+use diffusion_sharpening::train::settings::Method;
+use diffusion_sharpening::util::{CancelToken, INTERRUPTED};
 
 #[global_allocator]
 static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Backward passes and deep graphs recurse: far more stack than a thread's default.
+const STACK: usize = 256 << 20;
 
 /// Fine-tuning, the data for it, and checkpoints for other programs.
 #[derive(Parser)]
@@ -20,6 +31,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Diffusion-Sharpening on images with captions: of several noised versions of an image
+    /// learn from the one whose denoising scores best.
+    Sft(Box<command::Args>),
+    /// Diffusion-Sharpening on prompts: prefer the best of several denoising trajectories to
+    /// the worst.
+    Rlhf(Box<command::Args>),
     /// Render scene-world images with captions into OUT (safetensors) and OUT with .jsonl.
     ExportScenes {
         /// Where to write `images` u8 [N, H, W, 3].
@@ -51,7 +68,7 @@ enum Command {
     /// Write a checkpoint in one file (ComfyUI and others) or as a diffusers folder.
     ///
     /// Takes either layout; a VAE that ds-serve would use in its place goes along. The weights
-    /// are in memory meanwhile, in the type that is written.
+    /// are in memory meanwhile, in the type that is written, or with adapters in f32.
     Export {
         /// Checkpoint: a folder in the diffusers layout, or one file in Stability's.
         #[arg(long, value_name = "MODEL")]
@@ -64,6 +81,27 @@ enum Command {
         /// Type of all weights.
         #[arg(long, value_enum, default_value = "f16")]
         dtype: NumberArg,
+        /// Adapter that is added into the weights, SCALE times (1); may be given again.
+        #[arg(long = "adapter", value_name = "FILE[:SCALE]")]
+        adapters: Vec<Addition>,
+    },
+    /// Write an adapter in the key names of other programs.
+    ///
+    /// Takes every naming that ds-serve takes.
+    ConvertAdapter {
+        /// Checkpoint that the adapter is for, in either layout.
+        #[arg(long, value_name = "MODEL")]
+        model: PathBuf,
+        #[arg(long, value_name = "FILE")]
+        adapter: PathBuf,
+        /// The .safetensors file that is written.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        #[arg(long, value_enum)]
+        format: AdapterArg,
+        /// Type of the matrices.
+        #[arg(long, value_enum, default_value = "f32")]
+        dtype: NumberArg,
     },
 }
 
@@ -74,10 +112,28 @@ enum LayoutArg {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum AdapterArg {
+    /// For ComfyUI, the A1111 family and diffusers.
+    Kohya,
+    /// For diffusers, PEFT and ComfyUI.
+    Diffusers,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum NumberArg {
     F16,
     Bf16,
     F32,
+}
+
+impl From<NumberArg> for DType {
+    fn from(dtype: NumberArg) -> Self {
+        match dtype {
+            NumberArg::F16 => Self::F16,
+            NumberArg::Bf16 => Self::BF16,
+            NumberArg::F32 => Self::F32,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -87,8 +143,27 @@ enum SplitArg {
     Test,
 }
 
-fn main() -> anyhow::Result<()> {
-    match Cli::parse().command {
+fn main() -> anyhow::Result<ExitCode> {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()),
+        )
+        .init();
+    memory::keep_freed();
+    threads::start(0)?;
+    let work = std::thread::Builder::new().stack_size(STACK).spawn(move || run(cli.command))?;
+    match work.join() {
+        Ok(outcome) => outcome,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Sft(args) => return train(Method::Sft, &args),
+        Command::Rlhf(args) => return train(Method::Rlhf, &args),
         Command::ExportScenes { out, split, count, size, seed } => {
             let split = match split {
                 SplitArg::Train => Split::Train,
@@ -101,19 +176,28 @@ fn main() -> anyhow::Result<()> {
         Command::Judge { images, captions, out } => {
             println!("{}", evaluate::judge_files(&images, &captions, out.as_deref())?);
         }
-        Command::Export { model, out, format, dtype } => {
+        Command::Export { model, out, format, dtype, adapters } => {
             let layout = match format {
                 LayoutArg::Single => Layout::Single,
                 LayoutArg::Diffusers => Layout::Diffusers,
             };
-            let dtype = match dtype {
-                NumberArg::F16 => DType::F16,
-                NumberArg::Bf16 => DType::BF16,
-                NumberArg::F32 => DType::F32,
+            export(&model, &out, layout, dtype.into(), &adapters)?;
+            println!("{} is written", out.display());
+        }
+        Command::ConvertAdapter { model, adapter, out, format, dtype } => {
+            let format = match format {
+                AdapterArg::Kohya => LoraFormat::Kohya,
+                AdapterArg::Diffusers => LoraFormat::Diffusers,
             };
-            export(&model, &out, layout, dtype)?;
+            convert(&model, &adapter, &out, format, dtype.into())?;
             println!("{} is written", out.display());
         }
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
+}
+
+fn train(method: Method, args: &command::Args) -> anyhow::Result<ExitCode> {
+    let cancel = CancelToken::on_signal("stopping, and saving what is done")?;
+    let finished = command::execute(method, args, &cancel)?;
+    Ok(if finished { ExitCode::SUCCESS } else { ExitCode::from(INTERRUPTED) })
 }

@@ -127,6 +127,10 @@ impl<'a> MeteredDecoder<'a> {
         Self { inner, meter }
     }
 
+    pub fn meter(&self) -> &'a Meter {
+        self.meter
+    }
+
     /// As `Decoder::decode`; costs one Y per row.
     ///
     /// # Errors

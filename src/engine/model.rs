@@ -53,7 +53,7 @@ impl Model {
     /// # Errors
     /// Names the file that is missing or unusable.
     pub fn open(id: String, path: &Path, placement: &Placement) -> Result<Self> {
-        let options = OpenOptions { vae: ModelFolder::vae_of(path) };
+        let options = OpenOptions { vae: ModelFolder::vae_of(path), ..OpenOptions::default() };
         let folder = ModelFolder::open_with(path, placement, &options)?;
         let tokenizers = folder.tokenizers()?;
         let scheduler: SchedulerConfig = folder.scheduler()?;

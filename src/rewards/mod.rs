@@ -10,7 +10,7 @@ use image::RgbImage;
 
 use crate::Result;
 
-pub use set::RewardSet;
+pub use set::{RewardSet, checked};
 pub use verifier::MeteredVerifier;
 
 /// Something that judges images.

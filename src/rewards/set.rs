@@ -84,11 +84,10 @@ impl RewardSet {
 }
 
 /// A reward's scores, with the contract checked.
-pub(super) fn checked(
-    reward: &dyn Reward,
-    images: &[RgbImage],
-    prompts: &[&str],
-) -> Result<Vec<f64>> {
+///
+/// # Errors
+/// The reward's, or that it gave another number of scores than there are images.
+pub fn checked(reward: &dyn Reward, images: &[RgbImage], prompts: &[&str]) -> Result<Vec<f64>> {
     if prompts.len() != images.len() {
         let message = format!("{} prompts for {} images", prompts.len(), images.len());
         return Err(Error::invalid("reward", message));

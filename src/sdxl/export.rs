@@ -6,6 +6,7 @@ use std::path::Path;
 use candle_core::DType;
 
 use super::folder::{ModelFolder, OpenOptions};
+use super::merge::Addition;
 use crate::nn::device::Placement;
 use crate::{Error, Result};
 
@@ -22,20 +23,29 @@ pub enum Layout {
 const SHARD_BYTES: usize = 10_000_000_000;
 
 /// Writes the checkpoint at `model`, with the VAE beside it where there is one
-/// ([`ModelFolder::vae_of`]), to `out`; numbers become `dtype` in one rounding. The weights are in
-/// memory in that type meanwhile.
+/// ([`ModelFolder::vae_of`]) and with `adapters` added into its weights, to `out`; numbers become
+/// `dtype` in one rounding. The weights are in memory meanwhile: in that type, or with adapters
+/// in f32.
 ///
 /// # Errors
-/// When the checkpoint cannot be read, or `out` not be written or not be found again.
-pub fn export(model: &Path, out: &Path, layout: Layout, dtype: DType) -> Result<()> {
+/// When the checkpoint or an adapter cannot be read, an adapter does not fit, or `out` cannot be
+/// written or would not be found again.
+pub fn export(
+    model: &Path,
+    out: &Path,
+    layout: Layout,
+    dtype: DType,
+    adapters: &[Addition],
+) -> Result<()> {
     let single = layout == Layout::Single;
     if single != out.extension().is_some_and(|e| e == "safetensors") {
         let expected = if single { "a file name that ends in" } else { "a folder, not a file" };
         let message = format!("expected {expected} .safetensors, got '{}'", out.display());
         return Err(Error::invalid("out", message));
     }
-    let options = OpenOptions { vae: ModelFolder::vae_of(model) };
-    let placement = Placement { weights: dtype, ..Placement::cpu(DType::F32) };
+    let options = OpenOptions { vae: ModelFolder::vae_of(model), adapters: adapters.to_vec() };
+    let weights = if adapters.is_empty() { dtype } else { DType::F32 };
+    let placement = Placement { weights, ..Placement::cpu(DType::F32) };
     let opened = ModelFolder::open_with(model, &placement, &options)?;
     match layout {
         Layout::Single => opened.save_single_file(out, dtype, &BTreeMap::new()),

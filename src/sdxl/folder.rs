@@ -1,5 +1,6 @@
 //! A checkpoint: in the diffusers folder layout, or in one file.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -11,9 +12,12 @@ use super::clip_text::ClipText;
 use super::config::{ClipTextConfig, UNetConfig, read_json};
 use super::lora::LoraMap;
 use super::lora_names::AdapterNames;
+use super::merge::{Addition, merge};
 use super::plan::{Networks, default_size};
 use super::single_config::Configs;
-use super::single_file::{SingleFile, parse};
+use super::single_file::{SingleFile, configs_of, parse};
+use super::tensor_file::TensorFile;
+use super::tensor_file::{Entry, data_sha256};
 use super::tokenizer::ClipTokenizer;
 use super::unet::UNet;
 use super::vae::Vae;
@@ -51,6 +55,8 @@ pub struct OpenOptions {
     /// A VAE in place of the checkpoint's: a diffusers component folder, or a file in diffusers'
     /// or Stability's names.
     pub vae: Option<PathBuf>,
+    /// Adapters that are added into the weights.
+    pub adapters: Vec<Addition>,
 }
 
 /// The networks of one SDXL checkpoint and where they lie.
@@ -63,6 +69,8 @@ pub struct ModelFolder {
     single: Option<Configs>,
     /// What replaces the checkpoint's VAE.
     other_vae: Option<VaeSource>,
+    /// What was added into the weights.
+    merged: Vec<Addition>,
     /// The null conditioning is zeros (true) or the encoding of "" (false).
     pub force_zeros_for_empty_prompt: bool,
     pub unet_config: UNetConfig,
@@ -164,7 +172,11 @@ impl ModelFolder {
             let message = "this VAE overflows in f16 (force_upcast): expected f32 or bf16";
             return Err(Error::invalid("vae_dtype", message));
         }
-        let [unet_weights, vae_weights, weights_1, weights_2] = parts.weights;
+        let [mut unet_weights, vae_weights, mut weights_1, mut weights_2] = parts.weights;
+        if !options.adapters.is_empty() {
+            let weights = [&mut unet_weights, &mut weights_1, &mut weights_2];
+            merge(weights, &unet_config, &options.adapters, device)?;
+        }
         let unet = unet_weights.build(None, |scope| UNet::load(scope, &unet_config))?;
         let vae = vae_weights.build(None, |scope| Vae::load(scope, &vae_config))?;
         let tower = |weights: &Weights, config: &ClipTextConfig| {
@@ -190,6 +202,7 @@ impl ModelFolder {
             device: device.clone(),
             single: parts.single,
             other_vae,
+            merged: options.adapters.clone(),
             force_zeros_for_empty_prompt: parts.force_zeros_for_empty_prompt,
             unet_config,
             unet_weights,
@@ -268,6 +281,19 @@ impl ModelFolder {
             }
             None => read_json(&self.path.join(SCHEDULER)),
         }
+    }
+
+    /// The scheduler's configuration of the checkpoint at `path`, whose weights are not read.
+    ///
+    /// # Errors
+    /// Names the file and the field that is missing or wrong.
+    pub fn scheduler_at<T: DeserializeOwned>(path: &Path) -> Result<T> {
+        if !path.is_file() {
+            return read_json(&path.join(SCHEDULER));
+        }
+        let configs = configs_of(&TensorFile::open(path)?);
+        let scheduler = configs.and_then(|c| parse("scheduler", &c.scheduler));
+        scheduler.map_err(|e| Error::file(path, e))
     }
 
     /// Writes this checkpoint in the folder layout, weights in `dtype`, in files
@@ -366,6 +392,17 @@ impl ModelFolder {
         self.unet_weights.build(Some(lora), |scope| UNet::load(scope, &self.unet_config))
     }
 
+    /// This checkpoint with other weights in its U-Net, all of them.
+    ///
+    /// # Errors
+    /// When they do not fit the configuration.
+    pub fn with_unet_weights(&self, tensors: BTreeMap<String, Tensor>) -> Result<Self> {
+        let weights = Weights::new(tensors.into_iter().collect(), &self.path)
+            .computing_in(self.unet_weights.computed());
+        let unet = weights.build(None, |scope| UNet::load(scope, &self.unet_config))?;
+        Ok(Self { unet, unet_weights: weights, ..self.clone() })
+    }
+
     /// The text towers with low-rank adapters in place; the base weights are shared.
     pub fn towers_with(&self, lora: &[LoraMap; 2]) -> Result<[ClipText; 2]> {
         let tower = |i: usize, plain: &ClipText| {
@@ -400,7 +437,8 @@ impl ModelFolder {
         }
     }
 
-    /// SHA-256 over all weight files, in name order of their components.
+    /// SHA-256 over all weight files, in name order of their components, then those of adapters
+    /// that were added into them.
     pub fn sha256(&self) -> Result<String> {
         let mut files = Vec::new();
         if self.single.is_some() {
@@ -413,7 +451,14 @@ impl ModelFolder {
             }
         }
         files.extend(self.other_vae.iter().flat_map(|other| other.files.clone()));
+        files.extend(self.merged.iter().map(|addition| addition.file.clone()));
         sha256_of(&files)
+    }
+
+    /// SHA-256 over the VAE's weights as they are in memory, whatever file they came from.
+    pub fn vae_sha256(&self) -> Result<String> {
+        let tensors = self.vae_weights.tensors().iter();
+        data_sha256(tensors.map(|(name, tensor)| Entry::of(name, tensor)).collect())
     }
 }
 

@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use super::lora_folded::Folded;
 use super::lora_names::{AdapterNames, Network, Part, other_kind};
 use super::lora_peft::PeftMetadata;
+use super::tensor_file::read_metadata;
 use super::weights::read_safetensors;
 use crate::nn::LowRank;
 use crate::{Error, Result};
@@ -81,14 +83,16 @@ impl Adapters {
     /// - ComfyUI: `diffusion_model.<module>.lora_A.weight` in Stability's numbering.
     ///
     /// The scale is `alpha / rank` with the module's `.alpha`, or what the header's
-    /// `lora_adapter_metadata` says, else 1.
+    /// `lora_adapter_metadata` says, else 1; [`Adapters::write`] notes scales that it multiplies
+    /// into up matrices, and these come out again.
     ///
     /// # Errors
     /// Names the first key that is not understood, of another kind of adapter, or without its
     /// partner.
     pub fn read(path: &Path, names: &AdapterNames, dtype: DType, device: &Device) -> Result<Self> {
         let fail = |message: String| Error::file(path, message);
-        let metadata = PeftMetadata::read(path)?;
+        let header = read_metadata(path)?;
+        let (metadata, folded) = (PeftMetadata::read(path, &header)?, Folded::read(path, &header)?);
         let mut parts: BTreeMap<(Network, String), Parts> = BTreeMap::new();
         let tensors: BTreeMap<String, Tensor> =
             read_safetensors(path, device)?.into_iter().collect();
@@ -126,11 +130,26 @@ impl Adapters {
             let stabilised = |rank| metadata.scale(network, &module, rank);
             let adapter = low_rank(part, stabilised)
                 .map_err(|what| fail(format!("adapter of '{module}': {what}")))?;
+            let adapter = folded.unfold(&names.diffusers(network, &module), adapter)?;
             maps[network as usize].insert(module, adapter);
         }
         let [unet, text_1, text_2] = maps.map(LoraMap::new);
         Ok(Self { unet, text: [text_1, text_2] })
     }
+}
+
+/// What is wrong where an adapter is none for a weight of this shape, [out, in] or
+/// [out, in, kh, kw].
+pub(super) fn misfits(adapter: &LowRank, weight: &[usize]) -> Vec<String> {
+    let rank = adapter.down.dims().first().copied().unwrap_or(0);
+    let (mut down, mut up) = (weight.to_vec(), vec![1; weight.len()]);
+    down[0] = rank;
+    (up[0], up[1]) = (weight[0], rank);
+    let parts = [("down", adapter.down.dims(), down), ("up", adapter.up.dims(), up)];
+    let wrong = parts.into_iter().filter(|(_, got, expected)| got != expected);
+    wrong
+        .map(|(name, got, expected)| format!("{name} (expected {expected:?}, got {got:?})"))
+        .collect()
 }
 
 /// Joins the parts of one module; `scale` is by the rank, for a module without alpha.

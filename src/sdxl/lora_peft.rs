@@ -1,14 +1,15 @@
 //! `lora_adapter_metadata`: what newer diffusers files say in their header instead of `.alpha`.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use super::lora_names::{Network, with_text_model};
-use super::tensor_file::read_metadata;
 use crate::{Error, Result};
 
-const KEY: &str = "lora_adapter_metadata";
+/// The entry of the header.
+pub(super) const KEY: &str = "lora_adapter_metadata";
 
 /// The fields of PEFT's `LoraConfig` that decide scales, for each network.
 #[derive(Debug, Default)]
@@ -43,12 +44,12 @@ impl Pattern {
 
 impl PeftMetadata {
     /// # Errors
-    /// When the file or its metadata cannot be read, or ask for something unsupported.
-    pub fn read(path: &Path) -> Result<Self> {
-        let Some(text) = read_metadata(path)?.remove(KEY) else { return Ok(Self::default()) };
+    /// When the metadata of the file at `path` cannot be read, or ask for something unsupported.
+    pub fn read(path: &Path, metadata: &BTreeMap<String, String>) -> Result<Self> {
+        let Some(text) = metadata.get(KEY) else { return Ok(Self::default()) };
         let fail = |message: String| Error::file(path, format!("{KEY}: {message}"));
         let fields: Map<String, Value> =
-            serde_json::from_str(&text).map_err(|e| fail(e.to_string()))?;
+            serde_json::from_str(text).map_err(|e| fail(e.to_string()))?;
         let mut found = Self::default();
         for network in Network::ALL {
             let scales = Scales::of(&fields, network.component()).map_err(&fail)?;

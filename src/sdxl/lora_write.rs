@@ -6,9 +6,22 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use super::lora::Adapters;
+use super::lora_folded::{self, Folded};
 use super::lora_names::{AdapterNames, Network};
+use super::lora_peft;
 use super::tensor_file::{self, Entry};
 use crate::{Error, Result};
+
+/// What a header says that follows from a file's own tensors, or says how to read them.
+pub(super) const COMPUTED: [&str; 7] = [
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "modelspec.hash_sha256",
+    "ss_network_dim",
+    "ss_network_alpha",
+    lora_peft::KEY,
+    lora_folded::KEY,
+];
 
 /// The names in an adapter file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,7 +30,8 @@ pub enum LoraFormat {
     /// family and diffusers.
     Kohya,
     /// `unet.down_blocks.1.attentions.0.….lora_A.weight`: read by diffusers, PEFT and ComfyUI.
-    /// It has no place for alpha that all of them read, so the scale goes into the up matrix.
+    /// It has no place for alpha that all of them read, so the scale goes into the up matrix,
+    /// and a note of it into the header.
     Diffusers,
 }
 
@@ -54,6 +68,9 @@ impl Adapters {
         }
         let entries = || tensors.iter().map(|(name, t)| Entry::of(name, t)).collect();
         let mut header = self.facts();
+        if format == LoraFormat::Diffusers {
+            header.extend(Folded::of(self, names).entry());
+        }
         let hash = tensor_file::data_sha256(entries())?;
         header.insert("sshs_model_hash".into(), hash.clone());
         header.insert("modelspec.hash_sha256".into(), format!("0x{hash}"));

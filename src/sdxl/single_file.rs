@@ -158,6 +158,18 @@ pub fn present_name(name: &str) -> String {
 }
 
 impl Networks {
+    /// Those of the checkpoint at `path`, in either layout, without its weights.
+    ///
+    /// # Errors
+    /// Names the file that is missing or unusable.
+    pub fn at(path: &Path) -> Result<Self> {
+        if !path.is_file() {
+            return Self::read(path);
+        }
+        let configs = configs_of(&TensorFile::open(path)?);
+        configs.and_then(|c| Self::of(&c)).map_err(|e| Error::file(path, e))
+    }
+
     /// A checkpoint's configurations, read.
     ///
     /// # Errors
@@ -196,6 +208,15 @@ pub fn parse<T: DeserializeOwned>(part: &str, value: &Value) -> Result<T, String
     serde_path_to_error::deserialize(value.clone()).map_err(|e| format!("{part}: {e}"))
 }
 
+/// The configurations of a single file: as its header has them, or read off its tensors.
+pub(super) fn configs_of(file: &TensorFile) -> Result<Configs, String> {
+    match file.metadata().remove(CONFIGS) {
+        Some(text) => serde_json::from_str(&text).map_err(|e| format!("{CONFIGS}: {e}")),
+        None => Configs::of(&file.shapes().collect::<Shapes>())
+            .map_err(|e| format!("this is no SDXL checkpoint in Stability's layout: {e}")),
+    }
+}
+
 /// What a single file holds.
 pub struct SingleFile {
     pub configs: Configs,
@@ -211,16 +232,7 @@ impl SingleFile {
     pub fn read(path: &Path, dtypes: [DType; 4], device: &Device) -> Result<Self> {
         let fail = |message: String| Error::file(path, message);
         let file = TensorFile::open(path)?;
-        let configs = match file.metadata().remove(CONFIGS) {
-            Some(text) => {
-                serde_json::from_str(&text).map_err(|e| fail(format!("{CONFIGS}: {e}")))?
-            }
-            None => {
-                let what = "this is no SDXL checkpoint in Stability's layout";
-                Configs::of(&file.shapes().collect::<Shapes>())
-                    .map_err(|e| fail(format!("{what}: {e}")))?
-            }
-        };
+        let configs = configs_of(&file).map_err(fail)?;
         let networks = Networks::of(&configs).map_err(fail)?;
         let names = networks.file_names()?;
         networks.announce(path, dtypes[0], device)?;

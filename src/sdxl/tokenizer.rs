@@ -114,19 +114,31 @@ impl ClipTokenizer {
     /// # Errors
     /// When the tokenizer itself fails on the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let failed =
-            |e: tokenizers::Error| Error::invalid("prompt", format!("cannot be tokenized: {e}"));
-        let words = match &self.words {
-            Words::Read(inner) => {
-                inner.encode_fast(text, false).map_err(failed)?.get_ids().to_vec()
-            }
-            Words::OpenAi(words) => words.ids(text).map_err(failed)?,
-        };
-        let words = words.into_iter().take(self.max_length - 2);
+        let words = self.word_ids(text)?.into_iter().take(self.max_length - 2);
         let mut ids: Vec<u32> = std::iter::once(self.start).chain(words).collect();
         ids.push(self.end);
         ids.resize(self.max_length, self.pad);
         Ok(ids)
+    }
+
+    /// Whether [`Self::encode`] leaves out the text's end.
+    ///
+    /// # Errors
+    /// When the tokenizer itself fails on the text.
+    pub fn truncates(&self, text: &str) -> Result<bool> {
+        Ok(self.word_ids(text)?.len() > self.max_length - 2)
+    }
+
+    /// The ids of a text's words, all of them.
+    fn word_ids(&self, text: &str) -> Result<Vec<u32>> {
+        let failed =
+            |e: tokenizers::Error| Error::invalid("prompt", format!("cannot be tokenized: {e}"));
+        match &self.words {
+            Words::Read(inner) => {
+                Ok(inner.encode_fast(text, false).map_err(failed)?.get_ids().to_vec())
+            }
+            Words::OpenAi(words) => words.ids(text).map_err(failed),
+        }
     }
 }
 

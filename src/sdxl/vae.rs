@@ -271,6 +271,11 @@ impl Vae {
         &self.config
     }
 
+    /// The numbers in which it works.
+    pub fn computed(&self) -> DType {
+        self.computed
+    }
+
     /// Images [B, 3, H, W] in [-1, 1] → posterior over unscaled latents.
     pub fn encode(&self, images: &Tensor) -> Result<Posterior> {
         self.posterior(&self.encoder.forward(&self.pixels(images)?)?)
@@ -305,6 +310,12 @@ impl Vae {
     /// From unscaled latents to the space that the U-Net works in.
     pub fn scale(&self, latents: &Tensor) -> Result<Tensor> {
         Ok(((latents - self.config.shift_factor.unwrap_or(0.0))? * self.config.scaling_factor)?)
+    }
+
+    /// A posterior over unscaled latents as one over those that the U-Net works with.
+    pub fn scale_posterior(&self, posterior: &Posterior) -> Result<Posterior> {
+        let mean = self.scale(&posterior.mean)?;
+        Ok(Posterior { mean, std: (&posterior.std * self.config.scaling_factor)? })
     }
 
     /// The decoder's input [B, h, w, C].

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::config::read_json;
-use super::lora::LoraMap;
+use super::lora::{LoraMap, misfits};
 use super::single_file::FileNames;
 use super::tensor_file::{self, Entry, TensorFile};
 use crate::nn::conv::Padding;
@@ -91,6 +91,20 @@ impl Weights {
     /// The tensors by name; copies of the map where others share it.
     pub fn into_tensors(self) -> HashMap<String, Tensor> {
         Arc::try_unwrap(self.tensors).unwrap_or_else(|shared| (*shared).clone())
+    }
+
+    /// Puts what `make` makes of the tensor `name` in its place.
+    pub(super) fn change(
+        &mut self,
+        name: &str,
+        make: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<()> {
+        let tensors = Arc::make_mut(&mut self.tensors);
+        match tensors.get_mut(name) {
+            Some(tensor) => *tensor = make(tensor)?,
+            None => return Err(Error::Weights(format!("there is no tensor '{name}'"))),
+        }
+        Ok(())
     }
 
     /// Number of elements.
@@ -243,20 +257,8 @@ impl Scope {
         let found = self.lora.get(&self.prefix)?.clone();
         let mut report = self.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         report.used_lora.insert(self.prefix.clone());
-        let rank = found.down.dims().first().copied().unwrap_or(0);
-        let (mut down, mut up) = (weight.to_vec(), vec![1; weight.len()]);
-        down[0] = rank;
-        (up[0], up[1]) = (weight[0], rank);
-        for (name, tensor, expected) in [("down", &found.down, &down), ("up", &found.up, &up)] {
-            if tensor.dims() != expected {
-                let got = tensor.dims();
-                let message = format!(
-                    "adapter of {}, {name} (expected {expected:?}, got {got:?})",
-                    self.prefix
-                );
-                report.misshaped.push(message);
-            }
-        }
+        let named = |misfit| format!("adapter of {}, {misfit}", self.prefix);
+        report.misshaped.extend(misfits(&found, weight).into_iter().map(named));
         Some(found)
     }
 

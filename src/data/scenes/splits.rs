@@ -2,6 +2,8 @@
 //! back so that their *combination* of attributes is new to it.
 
 use std::collections::HashSet;
+use std::fmt;
+use std::str::FromStr;
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -9,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::grammar::Caption;
 use super::vocabulary::Category;
+use crate::{Error, Result};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -18,7 +21,32 @@ pub enum Split {
     Test,
 }
 
+impl fmt::Display for Split {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Split {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let found = Self::ALL.into_iter().find(|split| split.name() == text);
+        found.ok_or_else(|| Error::unknown("split", "split", text, Self::ALL.map(Self::name)))
+    }
+}
+
 impl Split {
+    pub const ALL: [Self; 3] = [Self::Train, Self::Validation, Self::Test];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Validation => "validation",
+            Self::Test => "test",
+        }
+    }
+
     /// The split of a caption, by a fixed hash (FNV-1a) of its combination.
     pub fn of(caption: &Caption) -> Self {
         let hash = caption.combination().bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
