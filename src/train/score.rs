@@ -69,11 +69,14 @@ pub struct Scores {
 }
 
 impl Scorer {
+    /// The rewards that the settings name; none where there is nothing to choose from.
+    ///
     /// # Errors
     /// Names `rewards` where one is unknown, given twice, or has no usable weight.
     pub fn new(set: &RewardSet, settings: &Settings) -> Result<Self> {
         let mut parts: Vec<Part> = Vec::new();
-        for spec in &settings.rewards {
+        let chooses = settings.n > 1;
+        for spec in settings.rewards.iter().filter(|_| chooses) {
             let (name, weight) = match spec.split_once(':') {
                 None => (spec.as_str(), 1.0),
                 Some((name, weight)) => (name, weight.parse::<f64>().unwrap_or(f64::NAN)),

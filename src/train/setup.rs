@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::score::Scorer;
 use super::settings::{Method, Settings};
 use crate::diffusion::config::SchedulerConfig;
 use crate::diffusion::schedule::NoiseSchedule;
@@ -35,6 +36,9 @@ impl Setup {
             settings.out.clone().ok_or_else(|| Error::invalid("out", "missing: give a folder"))?;
         let placement = settings.placement()?;
         let path = Path::new(&settings.model);
+        // Whatever can be wrong without the weights is found before they are read.
+        let rewards = crate::rewards::registry::for_model(path)?;
+        Scorer::new(&rewards, &settings)?;
         let options = OpenOptions { vae: ModelFolder::vae_of(path), ..OpenOptions::default() };
         let folder = ModelFolder::open_with(path, &placement, &options)?;
         let scheduler: SchedulerConfig = folder.scheduler()?;
@@ -47,7 +51,6 @@ impl Setup {
         if settings.chain_steps > schedule.num_train_timesteps() {
             return Err(Error::invalid("chain_steps", "more than the schedule has timesteps"));
         }
-        let rewards = crate::rewards::registry::for_model(path)?;
         let default = folder.default_size();
         let size = settings.resolution.map_or(default, |side| (side, side));
         Ok(Self {
