@@ -42,8 +42,9 @@ enum Command {
         /// Where to write `images` u8 [N, H, W, 3].
         #[arg(long)]
         out: PathBuf,
-        #[arg(long, value_enum, default_value = "train")]
-        split: SplitArg,
+        /// train, validation or test.
+        #[arg(long, default_value_t = Split::Train)]
+        split: Split,
         /// How many scenes.
         #[arg(long, default_value_t = 1000)]
         count: u64,
@@ -136,13 +137,6 @@ impl From<NumberArg> for DType {
     }
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum SplitArg {
-    Train,
-    Validation,
-    Test,
-}
-
 fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
     tracing_subscriber::fmt()
@@ -165,11 +159,6 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Sft(args) => return train(Method::Sft, &args),
         Command::Rlhf(args) => return train(Method::Rlhf, &args),
         Command::ExportScenes { out, split, count, size, seed } => {
-            let split = match split {
-                SplitArg::Train => Split::Train,
-                SplitArg::Validation => Split::Validation,
-                SplitArg::Test => Split::Test,
-            };
             scenes::export::export(&out, split, seed, count, size)?;
             println!("{count} scenes of {size} px in {}", out.display());
         }
