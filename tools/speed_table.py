@@ -216,7 +216,7 @@ def of_model(facts):
 
 def of_step(step):
     """How a step of sharpening agrees with Rust's, in words."""
-    return (f"cosine of the gradients {step['cosine']:.7f}, ratio of their norms {step['norm_ratio']:.5f}; "
+    return (f"cosine of the gradients 1 − {1 - step['cosine']:.1e}, ratio of their norms {step['norm_ratio']:.6f}; "
             f"the same choice in {step['same_choice']} of {step['groups']} groups, scores within "
             f"{step['score_error']:.1e}, clean latents within {step['clean_error']:.1e}")
 
