@@ -315,9 +315,10 @@ class Careful(Loop):
             levels = self.chains(clean.flatten(0, 1), noise, t)
             latents = torch.cat([estimate for _, _, estimate in levels])
             captions = self.captions[self.rows].repeat(len(levels), 1)
+            size = given.about["decode_batch"]
             scores = torch.cat([
                 (self.clip.images(self.workload.decoded(z)) * text).sum(-1)
-                for z, text in zip(latents.split(given.about["decode_batch"]), captions.split(given.about["decode_batch"]))
+                for z, text in zip(latents.split(size), captions.split(size))
             ]).view(len(levels), given.groups, given.n).mean(0)
         picks = picks or list(zip(scores.argmax(1).tolist(), scores.argmin(1).tolist()))
         micro = given.about["micro"]
