@@ -30,6 +30,12 @@ train, batches of 1 and 4:
                          the same with a step of AdamW
   train_step_lora_b4_recompute, _full_b4_recompute
                          and with gradient checkpoints
+sharpen, from what `ds-bench sharpen-step` wrote to the folder --given:
+  unet_forward_b12, vae_decode_b12
+                         what such a step is made of
+  sharpen_sft_lora, sharpen_rlhf_lora, sharpen_rlhf_rollouts, sharpen_rlhf_lora_replay
+                         a step of Diffusion-Sharpening on an adapter of rank 16, or a part
+                         of it; and each with _careful (bench_torch_sharpen.py)
 ops: twelve operations at SDXL's sizes, forward alone and with the backward (`_train`);
   needs no --model. Their rows also have `flop` or `bytes` (bench_torch_ops.py).
 
@@ -47,9 +53,11 @@ from pathlib import Path
 from typing import Optional
 
 import bench_torch_ops
+import bench_torch_sharpen
 import bench_torch_train
 from bench_timing import repeated, row, set_threads
 from bench_torch_ops import Operations
+from bench_torch_sharpen import SHARPEN
 from bench_torch_train import TRAINING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,11 +69,12 @@ BY_NAME = "unet_forward_b16", "vae_decode_b8", "images_20_steps_b8", "adapter_sw
 SUITES = {
     "model": list(MODEL_PIECES),
     "train": ["unet_forward_b1", "unet_forward_b4", *TRAINING],
+    "sharpen": ["unet_forward_b12", "vae_decode_b12", *SHARPEN],
     "ops": bench_torch_ops.names(),
 }
 # At most so many runs, begun within so many seconds. Operations take many: the first few still
 # pay for memory that is new to the process.
-LIMITS = {"model": (10, 30.0), "train": (10, 30.0), "ops": (300, 1.0)}
+LIMITS = {"model": (10, 30.0), "train": (10, 30.0), "sharpen": (5, 60.0), "ops": (300, 1.0)}
 
 
 def chosen(suite, only):
@@ -95,7 +104,7 @@ class Placement:
 class Workload:
     """A checkpoint with fixed inputs and the pieces of work that are measured."""
 
-    def __init__(self, model, latent=None, placement=Placement()):
+    def __init__(self, model, latent=None, placement=Placement(), given=None):
         import diffusers
         import torch
         import transformers
@@ -103,7 +112,7 @@ class Workload:
         for lib in (diffusers, transformers):
             lib.utils.logging.set_verbosity_error()
             lib.utils.logging.disable_progress_bar()
-        self.torch, self.folder, self.placement = torch, Path(model), placement
+        self.torch, self.folder, self.placement, self.given = torch, Path(model), placement, given
         self.device = torch.device(placement.device)
         self.dtype, self.vae_dtype = (getattr(torch, DTYPES[d]) for d in (placement.dtype, placement.vae_dtype))
         self.pipe = pipe = self.load()
@@ -132,7 +141,7 @@ class Workload:
             # Not the module: its hook is to stay outside.
             self.unet.forward = torch.compile(self.unet.forward, dynamic=False)
         self.forwards = 0
-        self.unet.register_forward_pre_hook(self._count, with_kwargs=True)
+        self.unet.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def load(self):
         """The checkpoint from its files, in place."""
@@ -149,7 +158,7 @@ class Workload:
             pipe.vae.to(memory_format=self.torch.channels_last)
         return pipe
 
-    def _count(self, _module, args, kwargs):
+    def count(self, _module, args, kwargs):
         self.forwards += (args[0] if args else kwargs["sample"]).shape[0]
 
     def latents(self, batch):
@@ -240,19 +249,24 @@ class Workload:
             "unet_forward_b2": lambda: self.forward(2),
             "unet_forward_b4": lambda: self.forward(4),
             "unet_forward_b8": lambda: self.forward(8),
+            "unet_forward_b12": lambda: self.forward(12),
             "unet_forward_b16": lambda: self.forward(16),
             "vae_decode_b1": lambda: self.decode(1),
             "vae_decode_b8": lambda: self.decode(8),
+            "vae_decode_b12": lambda: self.decode(12),
             "text_encode": lambda: self.encode,
             "image_50_steps": lambda: self.images(50, 1),
             "images_20_steps_b8": lambda: self.images(20, 8),
             "adapter_switch": self.adapter_switch,
             "load": lambda: self.load,
-        } | {name: lambda name=name: self.training(name) for name in TRAINING}
+        } | {name: lambda name=name: self.training(name) for name in TRAINING} | {
+            name: lambda piece=piece: bench_torch_sharpen.prepare(piece, self, self.given)
+            for name, piece in SHARPEN.items()
+        }
 
     def measure(self, name, runs, seconds):
         """One JSON-able row."""
-        work, trains = self.pieces()[name](), name in TRAINING
+        work, trains, sharpens = self.pieces()[name](), name in TRAINING, name in SHARPEN
         forwards = []
 
         def once():
@@ -261,12 +275,12 @@ class Workload:
             forwards.append(self.forwards)
 
         try:
-            with self.torch.inference_mode(not trains):
-                samples = repeated(once, runs, seconds, long=trains or name.startswith("image"))
+            with self.torch.inference_mode(not (trains or sharpens)):
+                samples = repeated(once, runs, seconds, long=trains or sharpens or name.startswith("image"))
         finally:
             if trains or name == "adapter_switch":
                 bench_torch_train.restore(self.unet, self.dtype)
-        versions = self.versions | (bench_torch_train.versions() if trains else {})
+        versions = self.versions | (bench_torch_train.versions() if trains or sharpens else {})
         setting = {"compile": self.placement.compile} if self.placement.compile else {}
         return row(name, samples, list(self.latent), self.tokens, forwards[0]) | setting | versions
 
@@ -308,6 +322,7 @@ def main():
     p.add_argument("--seconds", type=float, help="soft limit for each measurement; default: 30, suite ops: 1")
     p.add_argument("--latent", type=int, nargs=2, metavar=("H", "W"))
     p.add_argument("--only", help="comma-separated names")
+    p.add_argument("--given", metavar="DIR", help="what `ds-bench sharpen-step` wrote, for the suite sharpen")
     p.add_argument("--device", default="cpu", help="cpu or cuda:N")
     p.add_argument("--dtype", choices=DTYPES, default="f32", help="of U-Net and text towers")
     p.add_argument("--vae-dtype", choices=DTYPES, default="f32")
@@ -325,11 +340,15 @@ def main():
     placement = Placement(args.device, args.dtype, args.vae_dtype, args.compile)
     if operations and placement != Placement():
         p.error("operations are measured on the CPU in f32")
-    if placement.compile and TRAINING.keys() & set(names):
+    if placement.compile and (TRAINING | SHARPEN).keys() & set(names):
         p.error("training is measured without --compile")
+    if SHARPEN.keys() & set(names) and not args.given:
+        p.error("steps of sharpening need --given")
+    if SHARPEN.keys() & set(names) and placement != Placement():
+        p.error("steps of sharpening are measured on the CPU in f32")
     runs, seconds = LIMITS[args.suite or "model"]
     runs, seconds = args.runs or runs, args.seconds or seconds
-    workload = Workload(args.model, args.latent, placement) if len(operations) < len(names) else None
+    workload = Workload(args.model, args.latent, placement, args.given) if len(operations) < len(names) else None
     for name in names:
         source = Operations() if name in operations else workload
         print(json.dumps(source.measure(name, runs, seconds)), flush=True)

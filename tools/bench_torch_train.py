@@ -7,6 +7,7 @@ Where the networks are bf16 or f16 it is mixed precision as in those scripts: au
 weights, or over frozen weights of that type and an f32 adapter.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 RANK = 16
@@ -71,7 +72,8 @@ def prepare(piece, unet, inputs, target):
     if not piece.lora:
         unet.float()
     parameters = trained_parameters(unet, piece.lora)
-    mixed = torch.autocast(target.device.type, stored, enabled=stored != torch.float32)
+    # Counting on shapes alone knows no autocast.
+    mixed = nullcontext() if stored == torch.float32 else torch.autocast(target.device.type, stored)
     if piece.recompute:
         unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(parameters, **ADAM) if piece.optimise else None

@@ -1,31 +1,41 @@
 """Whether Rust and PyTorch compute the same on a checkpoint, for tools/compare_speed.py."""
 
 import multiprocessing
+import os
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import bench_torch_sharpen
 import bench_torch_train
 from bench_timing import set_threads
 from bench_torch import Workload
+from bench_torch_sharpen import SHARPEN
 from bench_torch_train import TRAINING
 
 CHECK_STEPS, CHECK_GUIDANCE = 5, 5.0
+# The U-Net's forward and backward pass of one sample, which a step's planned cost refers to.
+FORWARD, WITH_BACKWARD = "unet_forward_b1", "unet_forward_backward_lora_b1"
 
 
-def facts(program, model, latent, threads, names):
+def facts(program, model, latent, threads, names, given=None):
     """What there is to say of a checkpoint, and how far Rust's outputs are from PyTorch's.
+
+    Where `names` are steps of sharpening, the same of their gradients; `given` is then what
+    `ds-bench sharpen-step` wrote.
 
     Found out in a process of its own, so that its memory is free again and counts for nobody's peak.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=set_threads, initargs=(threads,)) as alone:
-        return alone.submit(_facts, program, model, latent, names).result()
+        return alone.submit(_facts, program, model, latent, names, given).result()
 
 
-def _facts(program, model, latent, names):
+def _facts(program, model, latent, names, given):
     workload = Workload(model, latent)
+    counted = {FORWARD, *names} | ({WITH_BACKWARD} if SHARPEN.keys() & set(names) else set())
+    peft = bench_torch_train.versions() if (TRAINING | SHARPEN).keys() & set(names) else {}
     return {
         "name": Path(model).resolve().name,
         "latent": workload.latent,
@@ -33,10 +43,19 @@ def _facts(program, model, latent, names):
         "tokens": workload.tokens,
         "parameters": sum(p.numel() for p in workload.unet.parameters()),
         "scheduler": type(workload.pipe.scheduler).__name__,
-        "versions": workload.versions | (bench_torch_train.versions() if TRAINING.keys() & set(names) else {}),
-        "flop": {name: workload.flop(name) for name in {"unet_forward_b1", *names}},
+        "versions": workload.versions | peft,
+        "flop": {name: workload.flop(name) for name in counted},
         "errors": parity(program, model, workload),
+        "steps": bench_torch_sharpen.agreement(workload, given, names),
     }
+
+
+def write_steps(program, model, latent, threads, folder):
+    """Has Rust write the steps of sharpening that both sides are to make."""
+    command = [program, "sharpen-step", "--model", model, "--out", str(folder)]
+    if latent:
+        command += ["--latent", *map(str, latent)]
+    subprocess.run(command, check=True, env=os.environ | {"RAYON_NUM_THREADS": str(threads)})
 
 
 def relative_error(ours, theirs):

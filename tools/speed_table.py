@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 from bench_torch_ops import OPS, TRAIN
+from bench_torch_sharpen import SHARPEN
+from speed_check import FORWARD, WITH_BACKWARD
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,6 +48,7 @@ def summarise(rows, flop):
         "bandwidth": sides(lambda side: moved and per_probe(side, lambda s, _: moved / s, "gflops_cpu")),
         # Work in units of the probe, which is comparable between rounds of different speed.
         "effort": sides(lambda side: per_probe(side, lambda s, p: s * p, "gflops_cpu")),
+        "forwards": sides(lambda side: rows[0][side]["f"]),
         "rounds": len(rows),
     }
 
@@ -59,6 +62,35 @@ def over_forward(summaries):
             side: effort / forward["effort"][side] if effort and forward and forward["effort"][side] else None
             for side, effort in s["effort"].items()
         }
+
+
+BATCH = 12
+
+
+def in_forwards(summaries):
+    """Adds what each step of sharpening costs in U-Net forwards of one sample (measured in batches of
+    12, same side), and how much more that is than planned.
+
+    Planned are the forwards without and with gradients, for each backward pass of a sample what it
+    takes beyond its forward by their floating-point operations, and the decodes as measured. What
+    scoring, the optimiser and making the policy's networks take is not in it.
+    """
+    pieces = {(s["model"], s["name"]): s["effort"] for s in summaries}
+    for s in summaries:
+        forward = pieces.get((s["model"], f"unet_forward_b{BATCH}"))
+        decode = pieces.get((s["model"], f"vae_decode_b{BATCH}"))
+        step = s["name"] in SHARPEN and forward
+        s["in_forwards"] = {
+            side: effort / (forward[side] / BATCH) if step and effort and forward[side] else None
+            for side, effort in s["effort"].items()
+        }
+        s["plan"] = s["over_plan"] = None
+        if step and decode and s["in_forwards"]["rust"] and decode["rust"]:
+            plan, flop = s["planned"], s["flop"]
+            backward = flop[WITH_BACKWARD] / flop[FORWARD] - 1
+            s["plan"] = (plan["forwards"] + plan["backward"] * backward
+                         + plan["images"] * decode["rust"] / forward["rust"])
+            s["over_plan"] = s["in_forwards"]["rust"] / s["plan"]
 
 
 # ---------------------------------------------------------------- tables
@@ -95,9 +127,16 @@ def columns(suite):
         ("processor time PyTorch / Rust", lambda s: bold(s["ratio_cpu"])),
         ("time PyTorch / Rust", lambda s: span(s["ratio"])),
     ]
-    parts += both("of peak (or GB/s)" if suite == "ops" else "of peak", reached, str)
+    if suite != "sharpen":
+        parts += both("of peak (or GB/s)" if suite == "ops" else "of peak", reached, str)
     if suite == "train":
         parts += both("× forward", lambda s: s["over_forward"], lambda v: f"{v:.2f}")
+    if suite == "sharpen":
+        parts += both("F", lambda s: s["forwards"], str)
+        parts += both("in forwards", lambda s: s["in_forwards"], lambda v: f"{v:.1f}")
+        parts += [("planned", lambda s: cell(lambda v: f"{v:.1f}")(s["plan"])),
+                  ("over plan", lambda s: cell(lambda v: f"{v:.2f}")(s["over_plan"]))]
+    if suite in ("train", "sharpen"):
         parts += both("peak memory, MiB", lambda s: s["memory"], lambda v: f"{v / 2**20:,.0f}")
     parts += [("rounds", lambda s: f"{s['rounds']}" + (f" ({s['discarded']} discarded)" if s["discarded"] else ""))]
     return parts
@@ -105,6 +144,7 @@ def columns(suite):
 
 def table(suite, summaries):
     over_forward(summaries)
+    in_forwards(summaries)
     parts = columns(suite)
     words = sum(title in ("model", "work", "operation") for title, _ in parts)
     lines = [f"| {' | '.join(title for title, _ in parts)} |", "|" + "---|" * words + "--:|" * (len(parts) - words)]
@@ -169,7 +209,16 @@ def of_model(facts):
         f"{facts['parameters']:,} U-Net parameters, {facts['flop']['unet_forward_b1'] / 1e9:.4g} GFLOP a U-Net "
         f"forward of one sample; scheduler {facts['scheduler']}. Relative error of Rust's outputs against "
         f"PyTorch's on the same inputs: {check}.",
+        *(f"- `{name}` against Rust's step: {of_step(step)}." for name, step in facts["steps"].items()
+          if "cosine" in step),
     ]
+
+
+def of_step(step):
+    """How a step of sharpening agrees with Rust's, in words."""
+    return (f"cosine of the gradients 1 − {1 - step['cosine']:.1e}, ratio of their norms {step['norm_ratio']:.6f}; "
+            f"the same choice in {step['same_choice']} of {step['groups']} groups, scores within "
+            f"{step['score_error']:.1e}, clean latents within {step['clean_error']:.1e}")
 
 
 def setting(program, args, models, versions, probes, load):

@@ -1,11 +1,11 @@
 //! Sweeps, statistics, tables and plots, run on any [`crate::engine::Backend`].
 //!
 //! One file per `ds-bench` subcommand ([`nfe_sweep`], [`sweep_merge`],
-//! [`parity_cmd`], [`plan_cmd`], [`scene_report`], [`speed`]), over the parts they share: the
+//! [`parity_cmd`], [`plan_cmd`], [`scene_report`], [`sharpen_step`], [`speed`]), over the parts they share: the
 //! grid and its resumable cells ([`sweep`], [`arm`], [`cell`], [`manifest`]),
 //! what is read off them ([`stats`], [`summary`], [`report`], [`plot`]), where
 //! images come from ([`remote`], [`wiring`]), and the work that is timed
-//! ([`workload`], [`train_workload`] and [`op_workload`]).
+//! ([`workload`], [`train_workload`], [`sharpen_workload`] and [`op_workload`]).
 
 mod adapter;
 pub mod arm;
@@ -24,6 +24,8 @@ pub mod progress;
 pub mod remote;
 pub mod report;
 pub mod scene_report;
+pub mod sharpen_step;
+pub mod sharpen_workload;
 pub mod speed;
 pub mod stats;
 pub mod summary;

@@ -12,10 +12,14 @@ use serde::Serialize;
 use super::op_workload;
 use super::placement::PlacementArgs;
 use super::process::{PeakMemory, cpu_seconds_since, cpu_time};
+use super::sharpen_workload::{self, Part, Steps};
 use super::stats::quantile;
 use super::train_workload::Training;
 use super::workload::{Piece, Work, Workload};
-use crate::nn::device::Usage;
+use crate::diffusion::cost::Budget;
+use crate::diffusion::meter::Meter;
+use crate::nn::device::{Placement, Usage};
+use crate::train::settings::Method;
 use crate::{Error, Result};
 
 /// What rayon and candle read their number of threads from, once, when they start.
@@ -27,7 +31,9 @@ const LEAST_RUNS: usize = 3;
 ///
 /// On the CPU everything runs in f32; after one warm-up, the median over the runs is reported. Without
 /// --only: U-Net forwards, one VAE decode, text encoding and 50-step image. --only also knows
-/// larger batches (unet_forward_b16, images_20_steps_b8, …), adapter_switch, load, training (unet_forward_backward_lora_b1, train_step_full_b4, …) and single operations
+/// larger batches (unet_forward_b16, images_20_steps_b8, …), adapter_switch, load, training (unet_forward_backward_lora_b1, train_step_full_b4, …),
+/// steps of Diffusion-Sharpening (sharpen_sft_lora, sharpen_rlhf_lora, …; the checkpoint needs a
+/// scene CLIP) and single operations
 /// (op_conv3x3_320_64, op_conv3x3_320_64_train, …); a wrong name lists all. tools/bench_torch.py does the same work in PyTorch, under the same names, and
 /// tools/compare_speed.py runs the two alternately (docs/performance.md).
 #[derive(clap::Args, Clone, Debug)]
@@ -42,7 +48,7 @@ pub struct Args {
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     pub runs: u32,
     /// Soft limit for each piece: further runs begin only within it, after the first three
-    /// (the first one for images where three would not fit).
+    /// (the first one for images and steps of sharpening where three would not fit).
     #[arg(long, default_value_t = 30.0)]
     pub seconds: f64,
     /// Size of the latents, where it is not to be the model's own.
@@ -122,6 +128,7 @@ pub fn measure(
 ) -> anyhow::Result<()> {
     let known: Vec<String> = (Piece::ALL.map(|(name, _)| name.to_owned()).into_iter())
         .chain(Training::ALL.map(|(name, _)| name.to_owned()))
+        .chain(sharpen_workload::ALL.map(|(name, ..)| name.to_owned()))
         .chain(op_workload::names())
         .collect();
     if let Some(name) = args.only.iter().find(|name| !known.contains(name)) {
@@ -158,6 +165,13 @@ pub fn measure(
             let mut work = training.prepare(path, workload, &placement)?;
             let f = training.batch as u64;
             report(&row(args, name, about, f, &placement.device, &mut work)?)?;
+        } else if let Some((_, method, part)) =
+            sharpen_workload::ALL.iter().find(|(piece, ..)| piece == name)
+        {
+            drop(workload);
+            let path = args.model.as_deref().unwrap_or(Path::new("."));
+            let (f, mut work) = sharpened(path, *method, *part, latent, &placement)?;
+            report(&row(args, name, about, f, &placement.device, &mut work)?)?;
         } else if let Some((_, piece)) = Piece::ALL.iter().find(|(piece, _)| piece == name) {
             let f = workload.forwards(*piece)?;
             let mut work = workload.prepare(*piece)?;
@@ -167,6 +181,20 @@ pub fn measure(
         }
     }
     Ok(())
+}
+
+/// A step of Diffusion-Sharpening, and its U-Net forwards.
+fn sharpened(
+    path: &Path,
+    method: Method,
+    part: Part,
+    latent: Option<(usize, usize)>,
+    placement: &Placement,
+) -> Result<(u64, Work<'static>)> {
+    let mut steps = Steps::open(path, method, latent, placement)?;
+    steps.prepare(part)?;
+    let f = steps.planned(part)?.forwards() as u64;
+    Ok((f, Box::new(move || steps.run(part, &Meter::new(Budget::default())))))
 }
 
 /// What a model's workload says of itself: height and width of the latents, and tokens.
@@ -181,7 +209,7 @@ fn row(
     work: &mut Work,
 ) -> Result<Row> {
     let (peak, usage) = (PeakMemory::start(), Usage::start(device)?);
-    let samples = sample(args, name.starts_with("image"), work)?;
+    let samples = sample(args, long(name), work)?;
     // The warm-up is one more.
     let launches = usage.launches().map(|all| all / (samples.len() as u64 + 1));
     let wall: Vec<f64> = samples.iter().map(|s| s.wall).collect();
@@ -200,6 +228,11 @@ fn row(
         peak_device_bytes: usage.peak()?,
         kernel_launches: launches,
     })
+}
+
+/// Whether one run may fill the time that there is.
+fn long(name: &str) -> bool {
+    name.starts_with("image") || name.starts_with("sharpen")
 }
 
 /// Seconds of one run.
@@ -299,6 +332,10 @@ mod tests {
         }
         let train = include_str!("../../tools/bench_torch_train.py");
         assert!(Training::ALL.iter().all(|(name, _)| train.contains(&format!("\"{name}\""))));
+        let sharpen = include_str!("../../tools/bench_torch_sharpen.py");
+        assert!(
+            sharpen_workload::ALL.iter().all(|(name, ..)| sharpen.contains(&format!("\"{name}\"")))
+        );
         let ops = include_str!("../../tools/bench_torch_ops.py");
         let plain = op_workload::names().filter(|name| !name.ends_with("_train"));
         assert!(plain.into_iter().all(|name| ops.contains(&format!("\"{name}\""))));

@@ -52,7 +52,7 @@ pub enum Piece {
 
 impl Piece {
     /// Every piece with the name it is reported under, in order of measurement.
-    pub const ALL: [(&'static str, Self); 12] = [
+    pub const ALL: [(&'static str, Self); 14] = [
         ("unet_forward_b1", Self::UnetForward(1)),
         ("unet_forward_b2", Self::UnetForward(2)),
         ("unet_forward_b4", Self::UnetForward(4)),
@@ -60,8 +60,10 @@ impl Piece {
         ("vae_decode_b1", Self::VaeDecode(1)),
         ("text_encode", Self::TextEncode),
         ("image_50_steps", Self::Images { steps: 50, batch: 1 }),
+        ("unet_forward_b12", Self::UnetForward(12)),
         ("unet_forward_b16", Self::UnetForward(16)),
         ("vae_decode_b8", Self::VaeDecode(8)),
+        ("vae_decode_b12", Self::VaeDecode(12)),
         ("images_20_steps_b8", Self::Images { steps: 20, batch: 8 }),
         ("adapter_switch", Self::AdapterSwitch),
         ("load", Self::Load),
@@ -110,13 +112,7 @@ impl Workload {
         scheduler.validate().map_err(|e| Error::file(path, format!("scheduler: {e}")))?;
         let schedule = NoiseSchedule::new(&scheduler)?;
         let ids = prompt_ids(&folder)?;
-        let (width, height) = match latent {
-            Some((height, width)) => {
-                let factor = folder.vae.config().factor();
-                ((factor * width) as u32, (factor * height) as u32)
-            }
-            None => folder.default_size(),
-        };
+        let (width, height) = pixels(&folder, latent);
         let model = Guided(SdxlModel::new(Arc::new(folder)));
         let latent = model.0.latent_shape(width, height)?;
         Ok(Self { model, placement: placement.clone(), scheduler, schedule, ids, latent })
@@ -263,6 +259,15 @@ impl Workload {
     pub fn latents(&self, batch: usize) -> Result<Tensor> {
         let rows: Vec<u64> = (0..batch as u64).collect();
         KEY.normal_rows(Purpose::InitialLatent, 0, &rows, self.latent, self.device())
+    }
+}
+
+/// Width and height of the images whose latents have this (height, width), or the model's own.
+pub fn pixels(folder: &ModelFolder, latent: Option<(usize, usize)>) -> (u32, u32) {
+    let factor = folder.vae.config().factor();
+    match latent {
+        Some((height, width)) => ((factor * width) as u32, (factor * height) as u32),
+        None => folder.default_size(),
     }
 }
 

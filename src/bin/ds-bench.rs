@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use diffusion_sharpening::bench::{
-    nfe_sweep, parity_cmd, plan_cmd, scene_report, speed, sweep_merge,
+    nfe_sweep, parity_cmd, plan_cmd, scene_report, sharpen_step, speed, sweep_merge,
 };
 use diffusion_sharpening::nn::{memory, threads};
 use diffusion_sharpening::util::{CancelToken, INTERRUPTED};
@@ -31,6 +31,7 @@ enum Command {
     Plan(Box<plan_cmd::Args>),
     Speed(speed::Args),
     SceneReport(scene_report::Args),
+    SharpenStep(sharpen_step::Args),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -58,6 +59,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Parity(args) => parity_cmd::run(&args)?,
         Command::Plan(args) => plan_cmd::run(&args)?,
         Command::SceneReport(args) => scene_report::run(&args)?,
+        Command::SharpenStep(args) => sharpen_step::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

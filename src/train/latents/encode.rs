@@ -142,8 +142,11 @@ fn latents(images: &[&RgbImage], vae: &Vae, device: &Device) -> Result<Vec<[Tens
     all.ok_or_else(|| Error::Weights("the VAE left images out".into()))
 }
 
-/// Images of one size as [B, 3, H, W] in [-1, 1].
-fn pixels(images: &[&RgbImage]) -> Result<Tensor> {
+/// Images of one size as [B, 3, H, W] in [-1, 1], f32 on the CPU.
+///
+/// # Errors
+/// When the images differ in size.
+pub fn pixels(images: &[&RgbImage]) -> Result<Tensor> {
     let (width, height) = images.first().map_or((0, 0), |i| i.dimensions());
     let (width, height) = (width as usize, height as usize);
     let mut values = Vec::with_capacity(images.len() * 3 * width * height);

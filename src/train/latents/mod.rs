@@ -9,4 +9,5 @@ pub mod transform;
 
 pub use batches::Batches;
 pub use cache::{CacheKey, LatentCache, LatentExample};
+pub use encode::pixels;
 pub use transform::{Crop, Transform, View};

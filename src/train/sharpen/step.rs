@@ -55,6 +55,10 @@ pub struct Report {
     pub means: BTreeMap<String, f64>,
     /// Forward and backward passes of a sample each.
     pub policy_passes: u64,
+    /// Each trajectory's score, by group; none where there is nothing to choose from.
+    pub scores: Vec<Vec<f64>>,
+    /// What was chosen in each group.
+    pub picks: Vec<Option<Pick>>,
 }
 
 /// The method with its settings.
@@ -108,7 +112,9 @@ impl Sharpening<'_> {
             let scores = self.score(groups, &rows, &levels, models, scorer, &mut report)?;
             (scores, Some(levels))
         };
+        report.scores.clone_from(&scores);
         let picks = self.picks(&starts, scores, &mut report);
+        report.picks.clone_from(&picks);
         let chosen = self.chosen(&picks);
         if chosen.is_empty() {
             return Ok(report);
@@ -171,8 +177,12 @@ impl Sharpening<'_> {
         }
     }
 
-    /// Clean latents and the noise that is added to them, a row for each trajectory.
-    fn latents(&self, groups: &[Group], starts: &[Start]) -> Result<(Tensor, Tensor)> {
+    /// Clean latents and the noise that is added to them, a row for each trajectory:
+    /// [groups · n, C, h, w] each.
+    ///
+    /// # Errors
+    /// When there is no noise to reuse.
+    pub fn latents(&self, groups: &[Group], starts: &[Start]) -> Result<(Tensor, Tensor)> {
         let n = self.settings.n;
         let (mut clean, mut noise) = (Vec::new(), Vec::new());
         for (group, start) in groups.iter().zip(starts) {
