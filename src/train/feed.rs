@@ -42,8 +42,6 @@ pub struct Feed {
     texts: Texts,
     kind: Kind,
     validation_prompts: Vec<String>,
-    /// (C, h, w).
-    shape: (usize, usize, usize),
 }
 
 enum Kind {
@@ -63,7 +61,6 @@ impl Feed {
         quiet: bool,
     ) -> Result<Self> {
         let settings = &setup.settings;
-        let shape = base.latent_shape(setup.size.0, setup.size.1)?;
         let listed = |source| -> Result<Vec<String>> {
             let list = prompts::load(source)?;
             if !list.skipped.is_empty() {
@@ -75,6 +72,7 @@ impl Feed {
             (Method::Rlhf, _, Some(source)) => {
                 let all = listed(source)?;
                 let order = Order::new(all.len(), settings.seed);
+                let shape = base.latent_shape(setup.size.0, setup.size.1)?;
                 let rollout = Box::new(Rollout::new(settings, &setup.schedule, shape)?);
                 Kind::Prompts { all, order, rollout, replay: None }
             }
@@ -97,7 +95,6 @@ impl Feed {
                 0 => Vec::new(),
                 _ => listed(&settings.validation_prompts)?,
             },
-            shape,
         })
     }
 
@@ -194,11 +191,6 @@ impl Feed {
 
     pub fn validation_prompts(&self) -> &[String] {
         &self.validation_prompts
-    }
-
-    /// (C, h, w) of generated images.
-    pub fn latent_shape(&self) -> (usize, usize, usize) {
-        self.shape
     }
 
     /// What a checkpoint must keep of generated images.

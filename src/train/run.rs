@@ -21,7 +21,7 @@ use super::setup::Setup;
 use super::sharpen::{Models, Report, Sharpening};
 use super::trainable::Trainable;
 use super::validation::{Held, Validation, sheet};
-use crate::diffusion::cost::Budget;
+use crate::diffusion::cost::{Budget, Cost};
 use crate::diffusion::guidance::Guided;
 use crate::diffusion::meter::Meter;
 use crate::diffusion::sdxl_model::SdxlModel;
@@ -38,6 +38,10 @@ const MOST_NOT_FINITE: u64 = 10;
 pub struct Outcome {
     pub step: u64,
     pub finished: bool,
+    /// What all updates have cost.
+    pub cost: Cost,
+    /// Samples that went backward.
+    pub backward: u64,
     /// What other programs can load.
     pub exported: PathBuf,
 }
@@ -102,8 +106,8 @@ pub fn run(setup: &Setup, cancel: &CancelToken, quiet: bool) -> Result<Outcome> 
     shown.finish();
     run.save()?;
     let exported = run.export(&setup.out)?;
-    let step = run.state.progress.step;
-    Ok(Outcome { step, finished: step >= last, exported })
+    let Progress { step, cost, policy_passes: backward, .. } = run.state.progress;
+    Ok(Outcome { step, finished: step >= last, cost, backward, exported })
 }
 
 impl<'a> Run<'a> {
@@ -112,7 +116,7 @@ impl<'a> Run<'a> {
         let checkpoints = Checkpoints::of(&setup.out);
         let table = settings.table()?;
         let found = checkpoints.load(|before| same(before, &table, settings))?;
-        let base = Guided(SdxlModel::new(folder.clone()));
+        let base = setup.base();
         let trainable = Trainable::new(folder, settings)?;
         let mut state = State {
             optimizer: AdamW::new(&trainable.vars, settings.optimizer())?,
@@ -306,18 +310,11 @@ impl<'a> Run<'a> {
     }
 
     fn validate(&mut self, step: u64) -> Result<()> {
-        let settings = &self.setup.settings;
         let unet = self.state.trainable.network(&self.setup.folder, self.judged())?;
         let model = Guided(self.base.0.with_unet(unet));
         let meter = Meter::new(Budget::default());
-        let validation = Validation {
-            settings,
-            schedule: &self.setup.schedule,
-            solver: self.setup.scheduler.default_solver(),
-            rewards: &self.setup.rewards,
-            prompts: self.state.feed.validation_prompts().to_vec(),
-            shape: self.state.feed.latent_shape(),
-        };
+        let prompts = self.state.feed.validation_prompts().to_vec();
+        let validation = Validation { setup: self.setup, prompts };
         let texts = self.state.feed.texts();
         let (mut means, images) = validation.run(&model, texts, &meter, self.cancel)?;
         if !self.held.is_empty() {
