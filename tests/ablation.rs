@@ -144,9 +144,9 @@ fn cells_with_the_same_settings_are_trained_once() {
 const SMALL: &str = "
 method = \"rlhf\"
 seeds = \"0..2\"
-prompts = \"scenes:test:4\"
+prompts = \"scenes:test:3\"
 image_seeds = \"0..2\"
-steps = 3
+steps = 2
 
 [settings]
 n = 2
@@ -156,7 +156,7 @@ batch = 2
 rank = 4
 lr = 3e-3
 chain_guidance = 1.0
-rollout_steps = 3
+rollout_steps = 2
 validate_every = 1
 validation_prompts = 2
 validation_steps = 2
@@ -164,7 +164,7 @@ prompts = \"scenes:train:8\"
 
 [[axis]]
 name = \"n\"
-values = [1, 2, 4]
+values = [1, 2, 3]
 ";
 
 /// The files of scores by name, as bytes.
@@ -193,19 +193,17 @@ fn values(out: &Path) -> BTreeMap<String, String> {
     scores(out).into_iter().map(text).collect()
 }
 
-/// Mean over the lines of `files`, less the base's score where `base` is given.
-fn mean(out: &Path, files: &[&str], reward: &str, base: bool) -> f64 {
+/// Mean over the lines of `files`, less that over `others`, which are as many or one.
+fn mean(out: &Path, files: &[&str], reward: &str, others: &[&str]) -> f64 {
     let read = |name: &str| Scores::read(&out.join("scores").join(name)).unwrap().unwrap().lines;
-    let before = read("base.jsonl");
     let mut all = Vec::new();
-    for name in files {
-        for (line, before) in read(name).iter().zip(&before) {
-            assert_eq!((&line.prompt, line.seed), (&before.prompt, before.seed));
-            let less = if base { before.scores[reward].unwrap() } else { 0.0 };
-            all.push(line.scores[reward].unwrap() - less);
+    for (name, other) in files.iter().zip(others.iter().cycle()) {
+        for (line, other) in read(name).iter().zip(&read(other)) {
+            assert_eq!((&line.prompt, line.seed), (&other.prompt, other.seed));
+            all.push(line.scores[reward].unwrap() - other.scores[reward].unwrap());
         }
     }
-    assert_eq!(all.len(), 8 * files.len());
+    assert_eq!(all.len(), 6 * files.len());
     all.iter().sum::<f64>() / all.len() as f64
 }
 
@@ -217,10 +215,10 @@ fn an_interrupted_ablation_goes_on_to_the_same_scores() {
     let (whole, parts) = (folder.path().join("whole"), folder.path().join("parts"));
     let (plan, tally) =
         run(&args(&file, &whole, &[]), "made by", &CancelToken::default()).unwrap().unwrap();
-    // n = 4 is dearer: one update for the F of the base's two. n = 1 does not run.
+    // n = 3 is dearer: one update for the F of the base's two. n = 1 does not run.
     assert_eq!((tally.ran, tally.remaining), (6, 0));
     let names =
-        ["base", "n-2-s0-u2", "n-2-s1-u2", "n-4-s0-u1", "n-4-s0-u2", "n-4-s1-u1", "n-4-s1-u2"];
+        ["base", "n-2-s0-u2", "n-2-s1-u2", "n-3-s0-u1", "n-3-s0-u2", "n-3-s1-u1", "n-3-s1-u2"];
     let found = values(&whole);
     assert_eq!(found.keys().map(|n| n.trim_end_matches(".jsonl")).collect::<Vec<_>>(), names);
 
@@ -258,8 +256,8 @@ fn an_interrupted_ablation_goes_on_to_the_same_scores() {
     assert_eq!(row("n=1", json!([]))["scores"], json!({}));
     let cases = [
         (row("n=2", json!(["updates", "forwards"])), ["n-2-s0-u2.jsonl", "n-2-s1-u2.jsonl"]),
-        (row("n=4", json!(["updates"])), ["n-4-s0-u2.jsonl", "n-4-s1-u2.jsonl"]),
-        (row("n=4", json!(["forwards"])), ["n-4-s0-u1.jsonl", "n-4-s1-u1.jsonl"]),
+        (row("n=3", json!(["updates"])), ["n-3-s0-u2.jsonl", "n-3-s1-u2.jsonl"]),
+        (row("n=3", json!(["forwards"])), ["n-3-s0-u1.jsonl", "n-3-s1-u1.jsonl"]),
     ];
     for (row, files) in cases {
         for reward in ["judge", "scene-clip"] {
@@ -268,12 +266,20 @@ fn an_interrupted_ablation_goes_on_to_the_same_scores() {
                 assert!((value - expected).abs() < 1e-12, "{row}: {value}, {expected}");
             };
             let score = &row["scores"][reward];
-            near(&score["mean"]["mean"], mean(&whole, &files, reward, false));
-            near(&score["difference"]["mean"], mean(&whole, &files, reward, true));
-            let by_seed = files.map(|file| mean(&whole, &[file], reward, true));
-            near(&score["by_seed"][0], by_seed[0]);
+            let base = summary["base"][reward]["mean"].as_f64().unwrap();
+            let difference = mean(&whole, &files, reward, &["base.jsonl"]);
+            near(&score["mean"]["mean"], base + difference);
+            near(&score["difference"]["mean"], difference);
+            let by_seed = files.map(|file| mean(&whole, &[file], reward, &["base.jsonl"]));
+            near(&score["by_seed"]["0"], by_seed[0]);
             near(&score["seed_deviation"], (by_seed[0] - by_seed[1]).abs() / 2f64.sqrt());
-            assert_eq!(score["difference"]["prompts"], 4);
+            if row["cell"] == "n=2" {
+                assert_eq!(score["from_base"], Value::Null);
+            } else {
+                let others = ["n-2-s0-u2.jsonl", "n-2-s1-u2.jsonl"];
+                near(&score["from_base"]["mean"], mean(&whole, &files, reward, &others));
+            }
+            assert_eq!(score["difference"]["prompts"], 3);
         }
         // Every chain of one state is within the plan's mean exactly.
         assert_eq!(row["spent"]["f"], row["spent"]["f_planned"], "{row}");

@@ -29,10 +29,10 @@ fn markdown(plan: &Plan, summary: &Summary, command: &str) -> String {
     // Writing into a String cannot fail.
     let _ = writeln!(
         out,
-        "Model `{}`, trained on {}, {} updates of {:.1} F each in the base. Measured on {} prompts \
+        "Model `{}`, rewards {}, {} updates of {:.1} F each in the base. Measured on {} prompts \
          from {}, {} images each, {} steps, guidance scale {}. Made by:\n\n```sh\n{command}\n```\n",
         plan.base.model,
-        list(&summary.rewards_trained),
+        list(&summary.rewards),
         plan.base.steps,
         plan.base_forwards,
         summary.prompts,
@@ -44,6 +44,7 @@ fn markdown(plan: &Plan, summary: &Summary, command: &str) -> String {
     let _ = writeln!(
         out,
         "Δ is the mean difference from the model without training, on the same prompts and noise. \
+         Δ base is the same from the cell that differs in nothing, with the same training seeds. \
          95% intervals resample prompts ({REPLICATES} times, percentiles), with all images and \
          training seeds of a prompt together: they say how far other prompts would change the \
          mean of these seeds. ± is the deviation between training seeds. F: U-Net forwards of the \
@@ -60,7 +61,7 @@ fn markdown(plan: &Plan, summary: &Summary, command: &str) -> String {
                 .map(str::to_owned)
                 .into();
         for reward in &rewards {
-            header.extend([format!("`{reward}`"), "Δ".into(), "±".into()]);
+            header.extend([format!("`{reward}`"), "Δ".into(), "±".into(), "Δ base".into()]);
         }
         let align: Vec<_> = (0..header.len()).map(|i| if i < 2 { "---" } else { "---:" }).collect();
         let _ = writeln!(out, "| {} |\n| {} |", header.join(" | "), align.join(" | "));
@@ -75,7 +76,7 @@ fn markdown(plan: &Plan, summary: &Summary, command: &str) -> String {
 
 fn list(rewards: &[String]) -> String {
     match rewards {
-        [] => "no reward".into(),
+        [] => "none".into(),
         some => some.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "),
     }
 }
@@ -88,7 +89,7 @@ fn cells(plan: &Plan, row: &Row, rewards: &[&String]) -> Vec<String> {
     let mut cells = vec![row.cell.clone(), differs];
     let Some(updates) = row.updates else {
         cells.push("no gradient".into());
-        cells.resize(7 + 3 * rewards.len(), "–".into());
+        cells.resize(7 + 4 * rewards.len(), "–".into());
         return cells;
     };
     cells.push(updates.to_string());
@@ -106,9 +107,12 @@ fn cells(plan: &Plan, row: &Row, rewards: &[&String]) -> Vec<String> {
     });
     for reward in rewards {
         let score = row.scores.get(*reward);
-        let Some(Score { mean, difference, seed_deviation, .. }) = score else { continue };
+        let Some(Score { mean, difference, from_base, seed_deviation, .. }) = score else {
+            continue;
+        };
         let deviation = seed_deviation.map_or("–".into(), |value| format!("{value:.4}"));
-        cells.extend([interval(*mean, false), interval(*difference, true), deviation]);
+        let (difference, from_base) = (interval(*difference, true), interval(*from_base, true));
+        cells.extend([interval(*mean, false), difference, deviation, from_base]);
     }
     cells
 }

@@ -71,7 +71,7 @@ pub fn run(plan: &Plan, cancel: &CancelToken, quiet: bool) -> Result<Tally> {
 }
 
 fn measure_base(plan: &Plan, cancel: &CancelToken, quiet: bool) -> Result<()> {
-    // A run's folder is not made before it trains.
+    // Asked for by every setup; nothing is written there.
     let out = Some(plan.out.display().to_string());
     let setup = Setup::open(plan.method, Settings { out, ..plan.base.clone() })?;
     let lines = measure(plan, &setup, &setup.base(), cancel, quiet)?;

@@ -18,8 +18,10 @@ pub struct Score {
     pub mean: Option<Estimate>,
     /// From the base model's image of the same prompt and noise.
     pub difference: Option<Estimate>,
+    /// From the cell that differs in nothing, at the same images and training seeds.
+    pub from_base: Option<Estimate>,
     /// The mean difference of each training seed.
-    pub by_seed: Vec<Option<f64>>,
+    pub by_seed: BTreeMap<u64, Option<f64>>,
     /// Deviation of these (n − 1), from two seeds on.
     pub seed_deviation: Option<f64>,
     /// Images without a score.
@@ -69,8 +71,8 @@ impl Row {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
     pub method: &'static str,
-    /// What is trained on.
-    pub rewards_trained: Vec<String>,
+    /// What the base is trained on.
+    pub rewards: Vec<String>,
     /// How it was measured.
     pub sampling: Map<String, Value>,
     pub prompts: usize,
@@ -83,6 +85,9 @@ pub struct Summary {
 
 /// Scores of one reward: by prompt and image seed.
 type ByImage = BTreeMap<(usize, u64), f64>;
+
+/// A training seed with its scores.
+type BySeed = (u64, Scores);
 
 fn by_image(lines: &[Line], reward: &str) -> ByImage {
     let score = |line: &Line| {
@@ -105,34 +110,44 @@ impl Prompts {
         self.bootstrap.estimate(&clusters)
     }
 
-    /// `base` and `seeds`: of the base model, and of the runs.
-    fn score(&self, reward: &str, base: &[Line], seeds: &[&Scores]) -> Score {
-        let base = by_image(base, reward);
-        let all: Vec<ByImage> = seeds.iter().map(|s| by_image(&s.lines, reward)).collect();
-        let values = |scores: &ByImage| -> Vec<(usize, f64)> {
-            scores.iter().map(|(image, score)| (image.0, *score)).collect()
+    /// `before`: of the model without training; `seeds`: of the runs; `others`: of the runs of the
+    /// cell that they are compared with.
+    fn score(&self, reward: &str, before: &[Line], seeds: &[BySeed], others: &[BySeed]) -> Score {
+        let of_runs = |runs: &[BySeed]| -> BTreeMap<u64, ByImage> {
+            runs.iter().map(|(seed, scores)| (*seed, by_image(&scores.lines, reward))).collect()
         };
-        let differences = |scores: &ByImage| -> Vec<(usize, f64)> {
-            let paired =
-                |(image, score): (&(usize, u64), &f64)| Some((image.0, score - base.get(image)?));
-            scores.iter().filter_map(paired).collect()
+        let (before, all, others) = (by_image(before, reward), of_runs(seeds), of_runs(others));
+        let to_others = |(seed, scores): (&u64, &ByImage)| {
+            others.get(seed).map_or_else(Vec::new, |others| less(scores, others))
         };
-        let of_seed =
-            |scores| mean(&differences(scores).into_iter().map(|(_, d)| d).collect::<Vec<_>>());
-        let by_seed: Vec<Option<f64>> = all.iter().map(of_seed).collect();
-        let images: usize = seeds.iter().map(|s| s.lines.len()).sum();
+        let to_before = |scores: &ByImage| less(scores, &before);
+        let of_seed = |(seed, scores): (&u64, &ByImage)| {
+            let differences = to_before(scores).into_iter().map(|(_, difference)| difference);
+            (*seed, mean(&differences.collect::<Vec<_>>()))
+        };
+        let by_seed: BTreeMap<u64, Option<f64>> = all.iter().map(of_seed).collect();
+        let images: usize = seeds.iter().map(|(_, scores)| scores.lines.len()).sum();
+        let own = all.values().flatten().map(|(image, score)| (image.0, *score));
         Score {
-            mean: self.estimate(all.iter().flat_map(values)),
-            difference: self.estimate(all.iter().flat_map(differences)),
-            seed_deviation: deviation(&by_seed),
+            mean: self.estimate(own),
+            difference: self.estimate(all.values().flat_map(to_before)),
+            from_base: self.estimate(all.iter().flat_map(to_others)),
+            seed_deviation: deviation(by_seed.values().copied()),
             by_seed,
-            missing: images - all.iter().map(BTreeMap::len).sum::<usize>(),
+            missing: images - all.values().map(BTreeMap::len).sum::<usize>(),
         }
     }
 }
 
-fn deviation(values: &[Option<f64>]) -> Option<f64> {
-    let values: Vec<f64> = values.iter().copied().flatten().collect();
+/// The differences of images that both have, with their prompts.
+fn less(scores: &ByImage, others: &ByImage) -> Vec<(usize, f64)> {
+    let paired =
+        |(image, score): (&(usize, u64), &f64)| Some((image.0, score - others.get(image)?));
+    scores.iter().filter_map(paired).collect()
+}
+
+fn deviation(values: impl Iterator<Item = Option<f64>>) -> Option<f64> {
+    let values: Vec<f64> = values.flatten().collect();
     let (mean, n) = (mean(&values)?, values.len() as f64);
     let squares: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
     (values.len() > 1).then(|| (squares / (n - 1.0)).sqrt())
@@ -153,6 +168,11 @@ impl Summary {
             let values = by_image(&base, reward).into_iter().map(|(image, score)| (image.0, score));
             ((*reward).clone(), prompts.estimate(values))
         };
+        let like_base = plan.cells.iter().find(|cell| cell.differs.is_empty());
+        let others = match like_base.and_then(|cell| Some((cell, cell.training.as_ref()?))) {
+            Some((cell, training)) => done(plan, cell, training, plan.base.steps)?,
+            None => Vec::new(),
+        };
         let mut rows = Vec::new();
         for cell in &plan.cells {
             let Some(training) = &cell.training else {
@@ -169,23 +189,24 @@ impl Summary {
             };
             for length in &training.lengths {
                 let done = done(plan, cell, training, length.updates)?;
-                let found: Vec<&Scores> = done.iter().map(|(_, scores)| scores).collect();
-                let score =
-                    |reward: &&String| ((*reward).clone(), prompts.score(reward, &base, &found));
+                let others: &[BySeed] = if cell.differs.is_empty() { &[] } else { &others };
+                let score = |reward: &&String| {
+                    ((*reward).clone(), prompts.score(reward, &base, &done, others))
+                };
                 rows.push(Row {
                     cell: cell.name.clone(),
                     differs: cell.differs.clone(),
                     equal: length.equal.clone(),
                     updates: Some(length.updates),
                     seeds: done.iter().map(|(seed, _)| *seed).collect(),
-                    spent: spent(training, length, &found),
+                    spent: spent(training, length, &done),
                     scores: rewards.iter().map(score).collect(),
                 });
             }
         }
         Ok(Some(Self {
             method: plan.method.name(),
-            rewards_trained: plan.base.rewards.clone(),
+            rewards: plan.base.rewards.clone(),
             sampling: super::scores::sampling(plan),
             prompts: count,
             settings: plan.base.table()?,
@@ -196,7 +217,7 @@ impl Summary {
 }
 
 /// The seeds of a cell that are done.
-fn done(plan: &Plan, cell: &Cell, training: &Training, updates: u64) -> Result<Vec<(u64, Scores)>> {
+fn done(plan: &Plan, cell: &Cell, training: &Training, updates: u64) -> Result<Vec<BySeed>> {
     let mut done = Vec::new();
     for &seed in &plan.seeds {
         let found = Scores::of(plan, Some(&Job { cell, training, seed, updates }))?;
@@ -205,8 +226,8 @@ fn done(plan: &Plan, cell: &Cell, training: &Training, updates: u64) -> Result<V
     Ok(done)
 }
 
-fn spent(training: &Training, length: &Length, found: &[&Scores]) -> Option<Spent> {
-    let runs: Vec<_> = found.iter().filter_map(|scores| scores.head.run.as_ref()).collect();
+fn spent(training: &Training, length: &Length, done: &[BySeed]) -> Option<Spent> {
+    let runs: Vec<_> = done.iter().filter_map(|(_, scores)| scores.head.run.as_ref()).collect();
     let of = |number: &dyn Fn(&super::scores::Trained) -> u64| {
         mean(&runs.iter().map(|run| number(run) as f64).collect::<Vec<_>>())
     };
