@@ -1,6 +1,6 @@
 //! Small things every floor shares: atomic files, cancellation, listings.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::path::Path;
 
@@ -28,6 +28,20 @@ pub fn write_atomic_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()
     file.as_file().sync_all().map_err(|e| Error::file(path, e))?;
     file.persist(path).map_err(|e| Error::file(path, e.error))?;
     Ok(())
+}
+
+/// Keeps other processes from locking `file`, which is at `path`, until it is closed. File systems
+/// without locks have none.
+///
+/// # Errors
+/// When another process holds it.
+pub fn lock(file: &File, path: &Path) -> Result<()> {
+    match file.try_lock() {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(Error::file(path, "another process is writing to it")),
+        Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => Ok(()),
+        Err(TryLockError::Error(e)) => Err(Error::file(path, e)),
+    }
 }
 
 /// A flag that a caller raises and long work checks between steps.

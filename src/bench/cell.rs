@@ -3,13 +3,14 @@
 //! cell it was computing.
 
 use std::collections::BTreeMap;
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::util::lock;
 use crate::{Error, Result};
 
 /// One image of a sweep: what was asked, what it cost and how it scored.
@@ -97,14 +98,7 @@ impl CellStore {
         let fail = |e: std::io::Error| Error::file(path, e);
         let mut file =
             File::options().read(true).append(true).create(true).open(path).map_err(fail)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(Error::file(path, "another sweep is writing to it"));
-            }
-            Err(TryLockError::Error(e)) if e.kind() == std::io::ErrorKind::Unsupported => {}
-            Err(TryLockError::Error(e)) => return Err(fail(e)),
-        }
+        lock(&file, path)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(fail)?;
         let (cells, whole) = parse(path, &bytes)?;

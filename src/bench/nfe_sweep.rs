@@ -177,7 +177,7 @@ pub fn configure(args: &Args, backend: &dyn Backend, command: &str) -> Result<Sw
 }
 
 /// Where prompts came from, for the report; what was left out is said at once, too.
-fn described(source: &PromptSource, list: &PromptList) -> String {
+pub(super) fn described(source: &PromptSource, list: &PromptList) -> String {
     let name = match source {
         PromptSource::Scenes { split: Split::Test, .. } => {
             return "the scene world's held-out test split".into();
@@ -194,7 +194,7 @@ fn described(source: &PromptSource, list: &PromptList) -> String {
     format!("`{name}` ({} of {rows} rows could not be used)", list.skipped.len())
 }
 
-fn distinct<T: Ord + Clone + std::fmt::Display>(
+pub(super) fn distinct<T: Ord + Clone + std::fmt::Display>(
     field: &str,
     values: impl Iterator<Item = T>,
 ) -> Result<()> {

@@ -1,5 +1,5 @@
-//! The plot of a sweep: one panel per reward on a logarithmic NFE axis, one
-//! line per method, means with their intervals as a band and bars.
+//! Plots: panels of curves, means with their intervals as a band and bars. A sweep has a panel
+//! for each reward on a logarithmic NFE axis and a line for each method.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -13,16 +13,16 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use crate::util::write_atomic;
 use crate::{Error, Result};
 
-/// One mean at its metered cost.
+/// One mean.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Point {
-    /// U-Net forwards per image.
-    pub f: f64,
+    /// What it cost; above 0 on a logarithmic axis.
+    pub x: f64,
     pub mean: f64,
     pub interval: Option<(f64, f64)>,
 }
 
-/// One method; an empty curve keeps its place in the legend and its colour.
+/// One line; an empty curve keeps its place in the legend and its colour.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Curve {
     pub label: String,
@@ -37,10 +37,18 @@ impl Curve {
     }
 }
 
-/// One reward.
+/// What lies along the bottom of a panel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Axis {
+    pub label: String,
+    pub logarithmic: bool,
+}
+
+/// Curves on the same axes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Panel {
     pub title: String,
+    pub x: Axis,
     pub curves: Vec<Curve>,
 }
 
@@ -49,7 +57,6 @@ const PANEL: (u32, u32) = (620, 440);
 const TITLE: u32 = 44;
 const LEGEND_LINE: u32 = 26;
 const FONT: &str = "sans-serif";
-const X_LABEL: &str = "U-Net forwards per image (NFE, logarithmic)";
 
 /// Okabe and Ito's palette, which colour-blind readers can tell apart.
 const COLOURS: [RGBColor; 7] = [
@@ -192,7 +199,9 @@ impl Layout {
 
     fn panel<DB: DrawingBackend>(&self, area: &DrawingArea<DB, Shift>, panel: &Panel) -> Drawn<DB> {
         let points: Vec<&Point> = panel.curves.iter().flat_map(|c| &c.points).collect();
-        let cost = CostAxis::over(points.iter().map(|p| p.f));
+        let logarithmic = panel.x.logarithmic;
+        let place = |p: &Point| if logarithmic { p.x.log10() } else { p.x };
+        let cost = CostAxis::over(points.iter().map(|p| place(p)), logarithmic);
         let y_range = score_axis(points.iter().flat_map(|p| {
             let (low, high) = p.interval.unwrap_or((p.mean, p.mean));
             [p.mean, low, high]
@@ -210,16 +219,18 @@ impl Layout {
             .light_line_style(TRANSPARENT)
             .bold_line_style(BLACK.mix(0.12))
             .axis_style(BLACK.mix(0.6).stroke_width(self.scale))
-            .x_desc(X_LABEL)
+            .x_desc(&panel.x.label)
             .y_labels(8)
             .axis_desc_style(self.font(15))
             .label_style(self.font(14))
-            .x_label_formatter(&|x| format!("{:.0}", 10f64.powf(*x)))
+            .x_label_formatter(&|x| {
+                if logarithmic { format!("{:.0}", 10f64.powf(*x)) } else { format!("{x}") }
+            })
             .y_label_formatter(&|y| format!("{y:.digits$}"))
             .set_all_tick_mark_size(self.px(4))
             .draw()?;
         // Bands below bars below lines below markers.
-        let at = |p: &Point, y: f64| (p.f.log10(), y);
+        let at = |p: &Point, y: f64| (place(p), y);
         for (i, curve) in panel.curves.iter().enumerate() {
             let with = curve.intervals();
             if with.len() > 1 {
@@ -232,7 +243,7 @@ impl Layout {
         for (i, curve) in panel.curves.iter().enumerate() {
             let (bar, wide) = (colour(i).mix(0.7).stroke_width(self.scale), self.px(7) as u32);
             chart.draw_series(curve.intervals().iter().map(|(p, (low, high))| {
-                ErrorBar::new_vertical(p.f.log10(), *low, p.mean, *high, bar, wide)
+                ErrorBar::new_vertical(place(p), *low, p.mean, *high, bar, wide)
             }))?;
         }
         let (left, top) = area.get_base_pixel();
@@ -276,7 +287,7 @@ fn colour(i: usize) -> RGBColor {
     COLOURS[i % COLOURS.len()]
 }
 
-/// log10 of costs, with ticks at 1, 2 and 5 times powers of ten, or at powers
+/// Costs, or their log10 with ticks at 1, 2 and 5 times powers of ten, or at powers
 /// of ten alone where those would crowd.
 struct CostAxis {
     range: std::ops::Range<f64>,
@@ -284,18 +295,42 @@ struct CostAxis {
 }
 
 impl CostAxis {
-    fn over(costs: impl Iterator<Item = f64>) -> Self {
-        let logs = costs.map(f64::log10).filter(|x| x.is_finite());
-        let (low, high) = bounds(logs).unwrap_or((2.0, 3.0));
-        let pad = if high - low < 0.2 { 0.25 } else { 0.05 * (high - low) };
+    fn over(places: impl Iterator<Item = f64>, logarithmic: bool) -> Self {
+        let empty = if logarithmic { (2.0, 3.0) } else { (0.0, 1.0) };
+        let (low, high) = bounds(places).unwrap_or(empty);
+        let pad = match (logarithmic, high - low) {
+            (true, span) if span < 0.2 => 0.25,
+            (false, 0.0) => 0.5,
+            (true, span) => 0.05 * span,
+            (false, span) => 0.03 * span,
+        };
         let range = low - pad..high + pad;
-        let steps: &[f64] = if high - low <= 2.7 { &[1.0, 2.0, 5.0] } else { &[1.0] };
-        let ticks = (range.start.floor() as i32..=range.end.ceil() as i32)
-            .flat_map(|decade| steps.iter().map(move |s| s.log10() + f64::from(decade)))
-            .filter(|x| range.contains(x))
-            .collect();
+        let ticks = if logarithmic { decades(&range) } else { round_numbers(&range) };
         Self { range, ticks }
     }
+}
+
+fn decades(range: &std::ops::Range<f64>) -> Vec<f64> {
+    let steps: &[f64] = if range.end - range.start <= 2.97 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+    (range.start.floor() as i32..=range.end.ceil() as i32)
+        .flat_map(|decade| steps.iter().map(move |s| s.log10() + f64::from(decade)))
+        .filter(|x| range.contains(x))
+        .collect()
+}
+
+/// About six multiples of 1, 2 or 5 times a power of ten.
+fn round_numbers(range: &std::ops::Range<f64>) -> Vec<f64> {
+    let rough = (range.end - range.start) / 6.0;
+    let power = rough.log10().floor() as i32;
+    let step = [1.0, 2.0, 5.0].into_iter().find(|step| step * 10f64.powi(power) >= rough);
+    let (step, power) = step.map_or((1.0, power + 1), |step| (step, power));
+    // Divided by a power of ten, so that labels have no digits of rounding.
+    let at = |i: i64| match power {
+        0.. => i as f64 * step * 10f64.powi(power),
+        _ => i as f64 * step / 10f64.powi(-power),
+    };
+    let (first, last) = (range.start / at(1), range.end / at(1));
+    (first.ceil() as i64..=last.floor() as i64).map(at).collect()
 }
 
 impl Ranged for CostAxis {
@@ -341,12 +376,17 @@ mod tests {
 
     #[test]
     fn axes_hold_their_values_and_ticks() {
-        let axis = CostAxis::over([100.0, 5000.0].into_iter());
+        let axis = CostAxis::over([2.0, 5000f64.log10()].into_iter(), true);
         assert!(axis.range.contains(&2.0) && axis.range.contains(&5000f64.log10()));
         let ticks: Vec<f64> = axis.ticks.iter().map(|t| 10f64.powf(*t).round()).collect();
         assert_eq!(ticks, [100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0]);
-        assert!(!CostAxis::over([100.0].into_iter()).ticks.is_empty());
-        assert_eq!(CostAxis::over(std::iter::empty()).ticks.len(), 4);
+        assert!(!CostAxis::over([2.0].into_iter(), true).ticks.is_empty());
+        assert_eq!(CostAxis::over(std::iter::empty(), true).ticks.len(), 4);
+        let linear = |values: &[f64]| CostAxis::over(values.iter().copied(), false).ticks;
+        assert_eq!(linear(&[0.0, 400.0]), [0.0, 100.0, 200.0, 300.0, 400.0]);
+        assert_eq!(linear(&[0.0, 1.2]), [0.0, 0.5, 1.0]);
+        assert_eq!(linear(&[0.0, 1.0]), [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]);
+        assert!(linear(&[7.0]).contains(&7.0) && !linear(&[]).is_empty());
         assert_eq!(score_axis(std::iter::empty()), 0.0..1.0);
         let flat = score_axis([0.5].into_iter());
         assert!(flat.start < 0.5 && flat.end > 0.5);

@@ -6,12 +6,14 @@ use std::path::Path;
 
 use super::cell::{self, Cell};
 use super::manifest::{self, Manifest};
-use super::plot::{self, Curve, Panel, Point};
+use super::plot::{self, Axis, Curve, Panel, Point};
 use super::stats::{Estimate, REPLICATES};
 use super::summary::{Row, Summary};
 use super::sweep::CELLS;
 use crate::util::write_atomic;
 use crate::{Error, Result};
+
+const X_LABEL: &str = "U-Net forwards per image (NFE, logarithmic)";
 
 /// Reads the cells in `dir` and writes `cells.csv`, `summary.csv`,
 /// `summary.md`, `nfe-sweep.svg` and `nfe-sweep.png` beside them.
@@ -38,7 +40,10 @@ pub fn write(dir: &Path) -> Result<()> {
     plot::png(&dir.join("nfe-sweep.png"), &title, &panels)
 }
 
-fn csv_bytes(header: &[String], rows: impl Iterator<Item = Vec<String>>) -> Result<Vec<u8>> {
+pub(super) fn csv_bytes(
+    header: &[String],
+    rows: impl Iterator<Item = Vec<String>>,
+) -> Result<Vec<u8>> {
     let fail = |e: csv::Error| Error::invalid("csv", e.to_string());
     let mut writer = csv::Writer::from_writer(Vec::new());
     writer.write_record(header).map_err(fail)?;
@@ -128,7 +133,7 @@ fn summary_csv(summary: &Summary) -> Result<Vec<u8>> {
 }
 
 /// A number for a table, empty where there is none.
-fn number(value: Option<f64>) -> String {
+pub(super) fn number(value: Option<f64>) -> String {
     value.filter(|v| v.is_finite()).map(|v| v.to_string()).unwrap_or_default()
 }
 
@@ -225,7 +230,7 @@ fn markdown_row(row: &Row, rewards: usize) -> Vec<String> {
     cells
 }
 
-fn interval(estimate: Option<Estimate>, signed: bool) -> String {
+pub(super) fn interval(estimate: Option<Estimate>, signed: bool) -> String {
     let show = |v: f64| if signed { format!("{v:+.4}") } else { format!("{v:.4}") };
     match estimate {
         None => "–".into(),
@@ -263,13 +268,14 @@ fn panels(manifest: &Manifest, summary: &Summary) -> Vec<Panel> {
                     .filter(|r| r.method == *method && r.on_curve() && r.f > 0.0)
                     .filter_map(|r| {
                         let estimate = r.scores[index].estimate?;
-                        Some(Point { f: r.f, mean: estimate.mean, interval: estimate.interval })
+                        Some(Point { x: r.f, mean: estimate.mean, interval: estimate.interval })
                     })
                     .collect();
-                points.sort_by(|a, b| a.f.total_cmp(&b.f));
+                points.sort_by(|a, b| a.x.total_cmp(&b.x));
                 Curve { label: method.clone(), points }
             };
-            Panel { title, curves: config.methods.iter().map(curve).collect() }
+            let x = Axis { label: X_LABEL.into(), logarithmic: true };
+            Panel { title, x, curves: config.methods.iter().map(curve).collect() }
         })
         .collect()
 }

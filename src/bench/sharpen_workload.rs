@@ -265,7 +265,9 @@ impl Steps {
         let prompts: Vec<&str> = self.prompts.iter().map(String::as_str).collect();
         let (texts, scorer) = (&mut self.texts, &mut self.scorer);
         let cancel = CancelToken::default();
-        self.rollout.groups(UPDATE, &prompts, texts, actor, scorer, (meter, &cancel))
+        let (groups, _) =
+            self.rollout.groups(UPDATE, &prompts, texts, actor, scorer, (meter, &cancel))?;
+        Ok(groups)
     }
 }
 

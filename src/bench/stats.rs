@@ -6,6 +6,7 @@
 
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
 
 /// Resamples per interval.
 pub const REPLICATES: usize = 2_000;
@@ -13,7 +14,7 @@ pub const REPLICATES: usize = 2_000;
 const SEED: u64 = 0x6e66_652d_7377_6565;
 
 /// A mean over all finite values, with a 95% interval.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Estimate {
     pub mean: f64,
     /// Percentile bootstrap over prompts; `None` below two prompts.

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use diffusion_sharpening::bench::{
-    nfe_sweep, parity_cmd, plan_cmd, scene_report, sharpen_step, speed, sweep_merge,
+    ablation, nfe_sweep, parity_cmd, plan_cmd, scene_report, sharpen_step, speed, sweep_merge,
 };
 use diffusion_sharpening::nn::{memory, threads};
 use diffusion_sharpening::util::{CancelToken, INTERRUPTED};
@@ -25,6 +25,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Ablation(Box<ablation::Args>),
     NfeSweep(Box<nfe_sweep::Args>),
     SweepMerge(sweep_merge::Args),
     Parity(parity_cmd::Args),
@@ -53,6 +54,7 @@ fn main() -> anyhow::Result<ExitCode> {
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
+        Command::Ablation(args) => return ablate(&args),
         Command::NfeSweep(args) => return sweep(&args),
         Command::Speed(args) => return speed::run(&args),
         Command::SweepMerge(args) => sweep_merge::run(&args)?,
@@ -64,11 +66,33 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn command_line() -> String {
+    nfe_sweep::shell_line(std::iter::once("ds-bench".to_owned()).chain(std::env::args().skip(1)))
+}
+
+fn ablate(args: &ablation::Args) -> anyhow::Result<ExitCode> {
+    let cancel = CancelToken::on_signal("stopping, and saving what is done")?;
+    let command = command_line();
+    let Some((plan, tally)) = ablation::run(args, &command, &cancel)? else {
+        return Ok(ExitCode::SUCCESS);
+    };
+    let summary = plan.out.join("summary.md");
+    eprintln!(
+        "{} runs now, {} were there already; see {}",
+        tally.ran,
+        tally.kept,
+        summary.display()
+    );
+    if tally.remaining > 0 {
+        eprintln!("{} runs are left; to continue: {command}", tally.remaining);
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 fn sweep(args: &nfe_sweep::Args) -> anyhow::Result<ExitCode> {
     let cancel = CancelToken::on_signal("stopping after what is running now")?;
-    let command = nfe_sweep::shell_line(
-        std::iter::once("ds-bench".to_owned()).chain(std::env::args().skip(1)),
-    );
+    let command = command_line();
     let backend = args.backend()?;
     let Some(tally) = nfe_sweep::run(args, backend.as_ref(), &command, &cancel)? else {
         return Ok(ExitCode::SUCCESS);

@@ -1,5 +1,6 @@
 //! SDXL behind the contracts of this floor.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -49,12 +50,25 @@ impl SdxlModel {
     ///
     /// # Errors
     /// When an adapter does not fit its network.
-    pub fn with_adapters(&self, adapters: &Adapters) -> Result<Self> {
+    fn with_adapters(&self, adapters: &Adapters) -> Result<Self> {
         let model = self.with_unet(self.folder.unet_with(&adapters.unet)?);
         if adapters.text.iter().all(LoraMap::is_empty) {
             return Ok(model);
         }
         Ok(Self { towers: Arc::new(self.folder.towers_with(&adapters.text)?), ..model })
+    }
+
+    /// The same checkpoint with the adapter that a file holds, in any naming that is known.
+    ///
+    /// # Errors
+    /// Names the file, which cannot be read or does not fit.
+    pub fn with_adapter_file(&self, path: &Path) -> Result<Self> {
+        let (dtype, device) = (self.folder.unet_weights.computed(), self.folder.device());
+        let adapters = Adapters::read(path, &self.folder.adapter_names(), dtype, device)?;
+        self.with_adapters(&adapters).map_err(|e| match e {
+            Error::Weights(message) => Error::file(path, message),
+            other => other,
+        })
     }
 
     pub fn folder(&self) -> &ModelFolder {

@@ -16,7 +16,6 @@ use crate::diffusion::solver::SolverKind;
 use crate::nn::device::Placement;
 use crate::rewards::{RewardSet, registry};
 use crate::sdxl::folder::OpenOptions;
-use crate::sdxl::lora::Adapters;
 use crate::sdxl::plan::{H100, MemoryPlan, Networks, Schedule, Setting};
 use crate::sdxl::{ClipTokenizer, ModelFolder};
 use crate::{Error, Result};
@@ -90,13 +89,7 @@ impl Model {
         if let Some(model) = adapted.get(name) {
             return Ok(Guided(model.clone()));
         }
-        let folder = self.base.folder();
-        let (dtype, device) = (folder.unet_weights.computed(), folder.device());
-        let adapters = Adapters::read(path, &folder.adapter_names(), dtype, device)?;
-        let model = self.base.with_adapters(&adapters).map_err(|e| match e {
-            Error::Weights(message) => Error::file(path, message),
-            other => other,
-        })?;
+        let model = self.base.with_adapter_file(path)?;
         adapted.insert(name.to_owned(), model.clone());
         Ok(Guided(model))
     }

@@ -122,6 +122,23 @@ pub fn configure(
     file: Option<&Path>,
     flags: &Flags,
 ) -> Result<Settings> {
+    let given = object(flags)?.into_iter().filter(|(_, value)| !value.is_null()).collect();
+    let settings = read(method, preset, file, &given)?;
+    settings.check(method)?;
+    Ok(settings)
+}
+
+/// The settings that these sources give, `last` above all, without a check of what is possible
+/// together.
+///
+/// # Errors
+/// Names the preset, file or key that is unknown, and the key whose value is of another type.
+pub fn read(
+    method: Method,
+    preset: Option<&str>,
+    file: Option<&Path>,
+    last: &Map<String, Value>,
+) -> Result<Settings> {
     let known = known()?;
     let mut all = object(&Settings::from(method))?;
     let preset_text = preset.map(|name| preset_of(method, name)).transpose()?;
@@ -134,15 +151,15 @@ pub fn configure(
     if let Some((path, text)) = file_text.transpose()? {
         overlay(&mut all, &text, &known, path)?;
     }
-    for (key, value) in object(flags)? {
-        if !value.is_null() {
-            all.insert(key, value);
+    for (key, value) in last {
+        if !known.contains(key) {
+            let message = format!("no such setting; see ds-train {} --help", method.name());
+            return Err(Error::invalid(key, message));
         }
+        all.insert(key.clone(), value.clone());
     }
-    let settings: Settings = serde_path_to_error::deserialize(Value::Object(all))
-        .map_err(|e| Error::invalid(e.path().to_string(), e.inner().to_string()))?;
-    settings.check(method)?;
-    Ok(settings)
+    serde_path_to_error::deserialize(Value::Object(all))
+        .map_err(|e| Error::invalid(e.path().to_string(), e.inner().to_string()))
 }
 
 fn preset_of(method: Method, name: &str) -> Result<&'static str> {
@@ -282,7 +299,7 @@ impl Settings {
                 }
             }
             Method::Rlhf => {
-                if self.n < 2 {
+                if self.n < method.least_trajectories() {
                     let message = "a preference needs two trajectories: expected at least 2";
                     return Err(Error::invalid("n", message));
                 }

@@ -10,7 +10,7 @@ use rand::Rng;
 
 use super::latents::{Batches, CacheKey, Crop, LatentCache, LatentExample, Transform};
 use super::rollout::{Replay, Rollout};
-use super::score::Scorer;
+use super::score::{Scorer, Scores};
 use super::settings::{Method, Settings};
 use super::setup::Setup;
 use super::sharpen::{Group, group_key};
@@ -42,8 +42,6 @@ pub struct Feed {
     texts: Texts,
     kind: Kind,
     validation_prompts: Vec<String>,
-    /// (C, h, w).
-    shape: (usize, usize, usize),
 }
 
 enum Kind {
@@ -63,7 +61,6 @@ impl Feed {
         quiet: bool,
     ) -> Result<Self> {
         let settings = &setup.settings;
-        let shape = base.latent_shape(setup.size.0, setup.size.1)?;
         let listed = |source| -> Result<Vec<String>> {
             let list = prompts::load(source)?;
             if !list.skipped.is_empty() {
@@ -75,6 +72,7 @@ impl Feed {
             (Method::Rlhf, _, Some(source)) => {
                 let all = listed(source)?;
                 let order = Order::new(all.len(), settings.seed);
+                let shape = base.latent_shape(setup.size.0, setup.size.1)?;
                 let rollout = Box::new(Rollout::new(settings, &setup.schedule, shape)?);
                 Kind::Prompts { all, order, rollout, replay: None }
             }
@@ -97,26 +95,30 @@ impl Feed {
                 0 => Vec::new(),
                 _ => listed(&settings.validation_prompts)?,
             },
-            shape,
         })
     }
 
-    /// The groups of an update.
+    /// The groups of an update, and the scores of images that were generated and scored for it.
     ///
     /// # Errors
     /// The models', `Error::Cancelled`; then nothing has changed.
-    pub fn groups(&mut self, update: u64, scorer: &mut Scorer, using: Use) -> Result<Vec<Group>> {
+    pub fn groups(
+        &mut self,
+        update: u64,
+        scorer: &mut Scorer,
+        using: Use,
+    ) -> Result<(Vec<Group>, Option<Scores>)> {
         let settings = &self.settings;
         match &mut self.kind {
             Kind::Prompts { all, order, rollout, replay } => {
                 let generated = update - update % settings.rollout_reuse;
                 if let Some(known) = replay.as_ref().filter(|known| known.update == generated) {
-                    return Ok(known.groups.clone());
+                    return Ok((known.groups.clone(), None));
                 }
                 let batch = order.batch(generated / settings.rollout_reuse, settings.batch);
                 let prompts: Vec<&str> = batch.iter().map(|i| all[*i].as_str()).collect();
                 let context = (using.meter, using.cancel);
-                let groups = rollout.groups(
+                let (groups, scores) = rollout.groups(
                     generated,
                     &prompts,
                     &mut self.texts,
@@ -127,7 +129,7 @@ impl Feed {
                 if settings.rollout_reuse > 1 {
                     *replay = Some(Replay { update: generated, groups: groups.clone() });
                 }
-                Ok(groups)
+                Ok((groups, scores))
             }
             Kind::Pairs { cache, batches } => {
                 let examples: Vec<LatentExample> =
@@ -157,7 +159,8 @@ impl Feed {
                         scores: None,
                     })
                 };
-                examples.iter().zip(texts).enumerate().map(group).collect()
+                let groups = examples.iter().zip(texts).enumerate().map(group);
+                Ok((groups.collect::<Result<_>>()?, None))
             }
         }
     }
@@ -194,11 +197,6 @@ impl Feed {
 
     pub fn validation_prompts(&self) -> &[String] {
         &self.validation_prompts
-    }
-
-    /// (C, h, w) of generated images.
-    pub fn latent_shape(&self) -> (usize, usize, usize) {
-        self.shape
     }
 
     /// What a checkpoint must keep of generated images.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::score::Scorer;
+use super::score::{Scorer, Scores};
 use super::settings::{Score, Settings};
 use super::sharpen::{Group, group_key};
 use super::texts::Texts;
@@ -53,8 +53,8 @@ impl Rollout {
             * if self.settings.rollout_guidance == 1.0 { 1 } else { 2 }
     }
 
-    /// A group for each prompt, generated as `update` draws them; scored where the images'
-    /// own scores count.
+    /// A group for each prompt, generated as `update` draws them; with the images' scores
+    /// where those count.
     ///
     /// # Errors
     /// The models', `Error::Cancelled`.
@@ -66,7 +66,7 @@ impl Rollout {
         actor: &Guided<SdxlModel>,
         scorer: &mut Scorer,
         (meter, cancel): (&Meter, &CancelToken),
-    ) -> Result<Vec<Group>> {
+    ) -> Result<(Vec<Group>, Option<Scores>)> {
         let count = self.per_prompt();
         let encoded = texts.encode(prompts)?;
         let conds: Vec<Conditioning> = encoded
@@ -96,7 +96,7 @@ impl Rollout {
                 let of_row: Vec<&str> = (0..rows.len()).map(of_row).collect();
                 let sets: Vec<usize> = (0..rows.len()).map(|row| row / count).collect();
                 let decoder = MeteredDecoder::new(&actor.0, meter);
-                Some(scorer.score(&decoder, &clean, &of_row, &sets)?.total)
+                Some(scorer.score(&decoder, &clean, &of_row, &sets)?)
             }
         };
         let group = |i: usize| {
@@ -106,10 +106,10 @@ impl Rollout {
                 text: encoded[i].clone(),
                 clean: clean.narrow(0, range.start, count)?,
                 noise: Some(noise.narrow(0, range.start, count)?),
-                scores: scores.as_ref().map(|scores| scores[range.clone()].to_vec()),
+                scores: scores.as_ref().map(|scores| scores.total[range.clone()].to_vec()),
             })
         };
-        (0..prompts.len()).map(group).collect()
+        Ok(((0..prompts.len()).map(group).collect::<Result<_>>()?, scores))
     }
 }
 

@@ -15,13 +15,13 @@ use super::optimizer::{AdamW, Gradients, Missing, Step};
 use super::pass::Policy;
 use super::progress::{Glance, RunProgress};
 use super::resume::same;
-use super::score::Scorer;
+use super::score::{Scorer, Scores};
 use super::settings::{ExportFormat, ExportType, Settings};
 use super::setup::Setup;
 use super::sharpen::{Models, Report, Sharpening};
 use super::trainable::Trainable;
 use super::validation::{Held, Validation, sheet};
-use crate::diffusion::cost::Budget;
+use crate::diffusion::cost::{Budget, Cost};
 use crate::diffusion::guidance::Guided;
 use crate::diffusion::meter::Meter;
 use crate::diffusion::sdxl_model::SdxlModel;
@@ -38,6 +38,10 @@ const MOST_NOT_FINITE: u64 = 10;
 pub struct Outcome {
     pub step: u64,
     pub finished: bool,
+    /// What all updates have cost.
+    pub cost: Cost,
+    /// Samples that went backward.
+    pub backward: u64,
     /// What other programs can load.
     pub exported: PathBuf,
 }
@@ -102,8 +106,8 @@ pub fn run(setup: &Setup, cancel: &CancelToken, quiet: bool) -> Result<Outcome> 
     shown.finish();
     run.save()?;
     let exported = run.export(&setup.out)?;
-    let step = run.state.progress.step;
-    Ok(Outcome { step, finished: step >= last, exported })
+    let Progress { step, cost, policy_passes: backward, .. } = run.state.progress;
+    Ok(Outcome { step, finished: step >= last, cost, backward, exported })
 }
 
 impl<'a> Run<'a> {
@@ -112,7 +116,7 @@ impl<'a> Run<'a> {
         let checkpoints = Checkpoints::of(&setup.out);
         let table = settings.table()?;
         let found = checkpoints.load(|before| same(before, &table, settings))?;
-        let base = Guided(SdxlModel::new(folder.clone()));
+        let base = setup.base();
         let trainable = Trainable::new(folder, settings)?;
         let mut state = State {
             optimizer: AdamW::new(&trainable.vars, settings.optimizer())?,
@@ -189,7 +193,7 @@ impl<'a> Run<'a> {
         let actor = self.actor()?;
         let state = &mut self.state;
         let using = Use { actor: &actor, meter: &meter, cancel: self.cancel };
-        let groups = state.feed.groups(update, &mut state.scorer, using)?;
+        let (groups, scores) = state.feed.groups(update, &mut state.scorer, using)?;
         let models = Models {
             actor: &actor,
             reference: &self.reference,
@@ -204,7 +208,9 @@ impl<'a> Run<'a> {
         };
         let mut policy =
             Policy { unet: &self.policy, gradients: &mut self.gradients, meter: &meter };
-        let report = sharpening.update(update, &groups, models, &mut state.scorer, &mut policy)?;
+        let mut report =
+            sharpening.update(update, &groups, models, &mut state.scorer, &mut policy)?;
+        report.means.extend(scores.iter().flat_map(Scores::means));
         self.cancel.check()?;
         let lr =
             settings.lr * factor(settings.lr_schedule, update, settings.warmup, settings.steps);
@@ -306,18 +312,11 @@ impl<'a> Run<'a> {
     }
 
     fn validate(&mut self, step: u64) -> Result<()> {
-        let settings = &self.setup.settings;
         let unet = self.state.trainable.network(&self.setup.folder, self.judged())?;
         let model = Guided(self.base.0.with_unet(unet));
         let meter = Meter::new(Budget::default());
-        let validation = Validation {
-            settings,
-            schedule: &self.setup.schedule,
-            solver: self.setup.scheduler.default_solver(),
-            rewards: &self.setup.rewards,
-            prompts: self.state.feed.validation_prompts().to_vec(),
-            shape: self.state.feed.latent_shape(),
-        };
+        let prompts = self.state.feed.validation_prompts().to_vec();
+        let validation = Validation { setup: self.setup, prompts };
         let texts = self.state.feed.texts();
         let (mut means, images) = validation.run(&model, texts, &meter, self.cancel)?;
         if !self.held.is_empty() {

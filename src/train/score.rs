@@ -1,5 +1,6 @@
 //! Latents to images to one number each: the rewards that a run trains on.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::settings::{RewardScale, Settings};
@@ -66,6 +67,26 @@ pub struct Scores {
     pub total: Vec<f64>,
     /// Each reward's own scores, by name.
     pub parts: Vec<(String, Vec<f64>)>,
+}
+
+impl Scores {
+    /// Their mean and deviation (`reward`, `reward_deviation`), and each reward's own mean
+    /// (`reward_NAME`); scores that are not finite are left out.
+    pub fn means(&self) -> BTreeMap<String, f64> {
+        let mut means = BTreeMap::new();
+        let mut put = |name: String, scores: &[f64]| {
+            let finite: Vec<f64> = scores.iter().copied().filter(|s| s.is_finite()).collect();
+            if !finite.is_empty() {
+                means.insert(name, finite.iter().sum::<f64>() / finite.len() as f64);
+            }
+        };
+        put("reward".into(), &self.total);
+        self.parts.iter().for_each(|(name, scores)| put(format!("reward_{name}"), scores));
+        if let Some(variance) = variance(&self.total) {
+            means.insert("reward_deviation".into(), variance.sqrt());
+        }
+        means
+    }
 }
 
 impl Scorer {

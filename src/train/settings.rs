@@ -9,24 +9,6 @@ use crate::data::images::ImageSource;
 use crate::data::prompts::PromptSource;
 use crate::nn::device::{DeviceChoice, NumberChoice, Placement};
 
-/// Which training method.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Method {
-    /// Diffusion-Sharpening on image-text pairs (Algorithm 1).
-    Sft,
-    /// Diffusion-Sharpening on prompts and a reward (Algorithm 2).
-    Rlhf,
-}
-
-impl Method {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Sft => "sft",
-            Self::Rlhf => "rlhf",
-        }
-    }
-}
-
 /// An enum whose values have kebab-case names in files, flags and messages.
 macro_rules! choice {
     ($(#[$meta:meta])* $name:ident { $($(#[$inner:meta])* $variant:ident),+ $(,)? }) => {
@@ -37,6 +19,33 @@ macro_rules! choice {
     };
 }
 pub(super) use choice;
+
+choice! {
+    /// Which training method.
+    Method {
+        /// Diffusion-Sharpening on image-text pairs (Algorithm 1).
+        Sft,
+        /// Diffusion-Sharpening on prompts and a reward (Algorithm 2).
+        Rlhf,
+    }
+}
+
+impl Method {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sft => "sft",
+            Self::Rlhf => "rlhf",
+        }
+    }
+
+    /// Fewest trajectories of a group that give a gradient: a preference needs two.
+    pub fn least_trajectories(self) -> usize {
+        match self {
+            Self::Sft => 1,
+            Self::Rlhf => 2,
+        }
+    }
+}
 
 choice! {
     /// What is trained.

@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::score::Scorer;
-use super::settings::{Method, Settings};
+use super::settings::{Method, Settings, Trained};
 use crate::diffusion::config::SchedulerConfig;
+use crate::diffusion::guidance::Guided;
 use crate::diffusion::schedule::NoiseSchedule;
+use crate::diffusion::sdxl_model::SdxlModel;
 use crate::rewards::RewardSet;
 use crate::sdxl::ModelFolder;
 use crate::sdxl::folder::OpenOptions;
@@ -63,5 +65,25 @@ impl Setup {
             size,
             out: out.into(),
         })
+    }
+
+    /// The checkpoint as it is.
+    pub fn base(&self) -> Guided<SdxlModel> {
+        Guided(SdxlModel::new(self.folder.clone()))
+    }
+
+    /// What a run of this setup has exported to `path`.
+    ///
+    /// # Errors
+    /// Names the file that is missing or does not fit the checkpoint.
+    pub fn exported(&self, path: &Path) -> Result<Guided<SdxlModel>> {
+        match self.settings.train {
+            Trained::Lora => Ok(Guided(self.base().0.with_adapter_file(path)?)),
+            Trained::Full => {
+                let placement = self.settings.placement()?;
+                let folder = ModelFolder::open_with(path, &placement, &OpenOptions::default())?;
+                Ok(Guided(SdxlModel::new(Arc::new(folder))))
+            }
+        }
     }
 }

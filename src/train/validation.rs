@@ -5,31 +5,21 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use image::RgbImage;
 
+use super::evaluation::Evaluation;
 use super::pass::{Sample, evaluate};
-use super::settings::Settings;
+use super::setup::Setup;
 use super::texts::Texts;
 use crate::Result;
-use crate::diffusion::cost::Units;
-use crate::diffusion::denoiser::Conditioning;
 use crate::diffusion::guidance::Guided;
-use crate::diffusion::meter::{Meter, MeteredDecoder, MeteredDenoiser};
+use crate::diffusion::meter::{Meter, MeteredDenoiser};
 use crate::diffusion::noise::{NoiseKey, Purpose};
-use crate::diffusion::schedule::NoiseSchedule;
 use crate::diffusion::sdxl_model::SdxlModel;
-use crate::diffusion::solver::{SolverKind, SolverSpec};
-use crate::diffusion::trajectory::{Row, State, Trajectory};
-use crate::rewards::{RewardSet, checked};
 use crate::util::CancelToken;
 
 /// The prompts of a run's validations. Prompt i has the image of seed i.
 pub struct Validation<'a> {
-    pub settings: &'a Settings,
-    pub schedule: &'a NoiseSchedule,
-    pub solver: SolverKind,
-    pub rewards: &'a RewardSet,
+    pub setup: &'a Setup,
     pub prompts: Vec<String>,
-    /// (C, h, w).
-    pub shape: (usize, usize, usize),
 }
 
 /// An image-text pair whose loss is followed.
@@ -53,44 +43,20 @@ impl Validation<'_> {
         meter: &Meter,
         cancel: &CancelToken,
     ) -> Result<(BTreeMap<String, f64>, Vec<RgbImage>)> {
-        let prompts: Vec<&str> = self.prompts.iter().map(String::as_str).collect();
-        let texts_of = texts.encode(&prompts)?;
-        let conds: Vec<Conditioning> = texts_of
-            .into_iter()
-            .map(|text| texts.conditioning(text, self.settings.validation_guidance))
-            .collect();
-        let solver = SolverSpec::ode(self.solver, self.schedule)
-            .build(self.schedule, self.settings.validation_steps)?;
-        let trajectory = Trajectory {
-            solver: solver.as_ref(),
-            denoiser: MeteredDenoiser::new(model, meter),
-            micro_batch: self.settings.rollout_batch,
-            cancel,
-        };
-        let decoder = MeteredDecoder::new(&model.0, meter);
+        let settings = &self.setup.settings;
+        let (steps, guidance) = (settings.validation_steps, settings.validation_guidance);
+        let evaluation = Evaluation { setup: self.setup, steps, guidance };
+        let wanted: Vec<(&str, u64)> = self.prompts.iter().map(String::as_str).zip(0..).collect();
         let mut scores: BTreeMap<String, Vec<f64>> = BTreeMap::new();
         let mut kept = Vec::new();
-        let size = self.settings.decode_batch.max(1);
-        for (i, prompts) in prompts.chunks(size).enumerate() {
-            let rows: Vec<Row> = (0..prompts.len())
-                .map(|row| Row {
-                    key: NoiseKey::new((i * size + row) as u64),
-                    candidate: 0,
-                    cond: &conds[i * size + row],
-                })
-                .collect();
-            let noise = trajectory.initial_noise(&rows, self.shape)?;
-            let state = State::start(solver.as_ref(), &noise)?;
-            let end = trajectory.run(state, solver.steps(), &rows, &mut |_| Ok(()))?;
-            let images = decoder.decode(&end.x)?;
-            meter.reserve(Units { v: images.len() as u64, ..Units::default() })?;
-            for reward in self.rewards.iter() {
-                let found = meter.time("reward", || checked(reward.as_ref(), &images, prompts))?;
-                scores.entry(reward.name().to_owned()).or_default().extend(found);
+        evaluation.run(model, texts, &wanted, meter, cancel, &mut |scored| {
+            for (name, score) in scored.scores {
+                scores.entry(name).or_default().push(score);
             }
-            let room = self.settings.validation_images.saturating_sub(kept.len());
-            kept.extend(images.into_iter().take(room));
-        }
+            if kept.len() < settings.validation_images {
+                kept.push(scored.image);
+            }
+        })?;
         let mut means = BTreeMap::new();
         for (name, scores) in scores {
             let finite: Vec<f64> = scores.into_iter().filter(|s| s.is_finite()).collect();
@@ -117,7 +83,7 @@ impl Validation<'_> {
     ) -> Result<BTreeMap<String, f64>> {
         let denoiser = MeteredDenoiser::new(model, meter);
         let mut means = BTreeMap::new();
-        let steps = self.schedule.num_train_timesteps() as f64;
+        let steps = self.setup.schedule.num_train_timesteps() as f64;
         for tenth in 0..10u64 {
             cancel.check()?;
             let t = ((tenth as f64 + 0.5) * steps / 10.0).floor();
@@ -126,12 +92,12 @@ impl Validation<'_> {
                 let (shape, device) = (clean.dims().to_vec(), clean.device());
                 let key = NoiseKey::new(i as u64);
                 let noise = key.normal(Purpose::Data, tenth, 0, shape, device)?;
-                let x = self.schedule.add_noise(&clean, &noise, &[t])?.get(0)?;
-                let target = self.schedule.target(&clean, &noise, &[t])?.get(0)?;
+                let x = self.setup.schedule.add_noise(&clean, &noise, &[t])?.get(0)?;
+                let target = self.setup.schedule.target(&clean, &noise, &[t])?.get(0)?;
                 Ok(Sample { x, t, target, text: held.text.clone() })
             };
             let samples = held.iter().enumerate().map(sample).collect::<Result<Vec<_>>>()?;
-            let losses = evaluate(&denoiser, &samples, self.settings.rollout_batch)?.losses;
+            let losses = evaluate(&denoiser, &samples, self.setup.settings.rollout_batch)?.losses;
             let mean = losses.iter().sum::<f64>() / losses.len().max(1) as f64;
             means.insert(format!("loss_t{:02}", tenth + 1), mean);
         }

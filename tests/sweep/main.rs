@@ -282,6 +282,9 @@ fn shipped_configurations_parse() {
     let mut seen = 0;
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
+        if std::fs::read_to_string(&path).unwrap().contains("\nmethod = ") {
+            continue; // An ablation's: tests/ablation.rs has these.
+        }
         let args = Args { config: Some(path.clone()), ..Args::default() };
         let options = args.options().unwrap();
         assert!(options.methods.is_some() && options.budgets.is_some(), "{}", path.display());

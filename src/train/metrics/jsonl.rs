@@ -32,11 +32,7 @@ impl Lines {
     /// any.
     pub fn open(dir: &Path, from_step: u64) -> Result<Self> {
         let path = dir.join(FILE);
-        let text = match std::fs::read(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-            Err(e) => return Err(Error::file(&path, e)),
-        };
+        let text = text(&path)?;
         let (kept, last) =
             if from_step == 0 { Default::default() } else { cut(&path, &text, from_step)? };
         if kept != text {
@@ -65,6 +61,25 @@ impl Lines {
 
     pub fn sync(&self) -> Result<()> {
         self.file.sync_data().map_err(|e| Error::file(&self.path, e))
+    }
+}
+
+/// The records of the run in `dir`, none where there are none; half a last line is left out.
+///
+/// # Errors
+/// When the file cannot be read, or another line is no record.
+pub fn read(dir: &Path) -> Result<Vec<Map<String, Value>>> {
+    let path = dir.join(FILE);
+    let (kept, _) = cut(&path, &text(&path)?, u64::MAX)?;
+    let record = |line: &[u8]| serde_json::from_slice(line).map_err(|e| Error::file(&path, e));
+    kept.split(|b| *b == b'\n').filter(|line| !line.is_empty()).map(record).collect()
+}
+
+/// What the file holds, nothing where it is not there.
+fn text(path: &Path) -> Result<Vec<u8>> {
+    match std::fs::read(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        found => found.map_err(|e| Error::file(path, e)),
     }
 }
 

@@ -242,7 +242,7 @@ impl Sharpening<'_> {
         Ok(totals.chunks(n).map(<[f64]>::to_vec).collect())
     }
 
-    /// Notes the scores' means, in all and by quarters of the schedule, and their spread.
+    /// Notes the scores' means, in all and by quarters of the schedule.
     fn describe(&self, scores: &Scores, places: &[usize], rows: &[Row], report: &mut Report) {
         let quarter = self.schedule.num_train_timesteps() as f64 / 4.0;
         let mut bands: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
@@ -253,13 +253,7 @@ impl Sharpening<'_> {
         for (band, scores) in bands {
             note(report, &format!("reward_t{}", band + 1), &scores);
         }
-        note(report, "reward", &scores.total);
-        let (mean, n) = (mean(&scores.total), scores.total.len() as f64);
-        let variance = scores.total.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / (n - 1.0);
-        report.means.insert("reward_deviation".into(), variance.sqrt());
-        for (name, scores) in &scores.parts {
-            note(report, &format!("reward_{name}"), scores);
-        }
+        report.means.extend(scores.means());
     }
 
     /// What is learnt from in each group.
