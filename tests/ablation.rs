@@ -262,7 +262,7 @@ fn an_interrupted_ablation_goes_on_to_the_same_scores() {
     for (row, files) in cases {
         for reward in ["judge", "scene-clip"] {
             let near = |value: &Value, expected: f64| {
-                let value = value.as_f64().unwrap();
+                let value = value.as_f64().unwrap_or_else(|| panic!("no number in {row}"));
                 assert!((value - expected).abs() < 1e-12, "{row}: {value}, {expected}");
             };
             let score = &row["scores"][reward];
