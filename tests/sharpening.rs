@@ -27,7 +27,8 @@ use diffusion_sharpening::train::optimizer::{Gradients, Missing};
 use diffusion_sharpening::train::pass::Policy;
 use diffusion_sharpening::train::score::Scorer;
 use diffusion_sharpening::train::settings::{
-    Aggregate, ChainGrad, Method, ReferenceStates, Renoise, RewardScale, Select, Settings, Target,
+    Aggregate, ChainGrad, Method, ReferenceStates, Renoise, RewardScale, Score, Select, Settings,
+    Target,
 };
 use diffusion_sharpening::train::sharpen::{
     Chain, Group, Models, Report, Row, Sharpening, Start, starts,
@@ -92,8 +93,11 @@ fn settings(method: Method) -> Settings {
         targets: vec!["to_q".into(), "ff.net.2".into()],
         rewards: vec!["scene-clip".into()],
         reward_scale: RewardScale::None,
+        score: Score::Chain,
         renoise: Renoise::FreshIndep,
         chain_guidance: 1.0,
+        t_min: 0,
+        t_max: 999,
         beta: 200.0,
         gamma: 30.0,
         reward_eta: 10.0,

@@ -11,7 +11,7 @@ use crate::sdxl::lora::LoraMap;
 
 const RANK: usize = 16;
 /// The projections of every attention.
-const TARGETS: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
+pub(super) const TARGETS: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
 
 /// A random adapter of these weights, and its factors as variables by name.
 ///

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
+use super::adapter::TARGETS;
 use super::workload;
 use crate::data::scenes::export::example;
 use crate::data::scenes::{Split, render::render};
@@ -24,7 +25,7 @@ use crate::train::optimizer::{AdamW, Gradients, Missing, Step};
 use crate::train::pass::Policy;
 use crate::train::rollout::Rollout;
 use crate::train::score::Scorer;
-use crate::train::settings::{Method, Renoise, RewardScale, Settings, Target};
+use crate::train::settings::{Method, Renoise, RewardScale, Score, Settings, Target};
 use crate::train::sharpen::{Group, Models, Report, Sharpening};
 use crate::train::texts::Texts;
 use crate::train::trainable::Trainable;
@@ -71,7 +72,11 @@ pub fn settings(method: Method) -> Settings {
         m,
         chain_steps: STEPS,
         chain_guidance: 1.0,
+        targets: TARGETS.map(String::from).to_vec(),
+        score: Score::Chain,
         t_min: ((m - 1) * (TIMESTEPS / STEPS)) as u32,
+        t_max: TIMESTEPS as u32 - 1,
+        beta: 500.0,
         reward_scale: RewardScale::None,
         renoise: Renoise::FreshIndep,
         target: Target::EpsInit,
