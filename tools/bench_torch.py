@@ -36,6 +36,7 @@ sharpen, from what `ds-bench sharpen-step` wrote to the folder --given:
   sharpen_sft_lora, sharpen_rlhf_lora, sharpen_rlhf_rollouts, sharpen_rlhf_lora_replay
                          a step of Diffusion-Sharpening on an adapter of rank 16, or a part
                          of it; and each with _careful (bench_torch_sharpen.py)
+  and by name only       sharpen_rlhf_full, sharpen_rlhf_full_replay: of every weight
 ops: twelve operations at SDXL's sizes, forward alone and with the backward (`_train`);
   needs no --model. Their rows also have `flop` or `bytes` (bench_torch_ops.py).
 
@@ -57,7 +58,7 @@ import bench_torch_sharpen
 import bench_torch_train
 from bench_timing import repeated, row, set_threads
 from bench_torch_ops import Operations
-from bench_torch_sharpen import SHARPEN
+from bench_torch_sharpen import ADAPTED, SHARPEN
 from bench_torch_train import TRAINING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -69,7 +70,7 @@ BY_NAME = "unet_forward_b16", "vae_decode_b8", "images_20_steps_b8", "adapter_sw
 SUITES = {
     "model": list(MODEL_PIECES),
     "train": ["unet_forward_b1", "unet_forward_b4", *TRAINING],
-    "sharpen": ["unet_forward_b12", "vae_decode_b12", *SHARPEN],
+    "sharpen": ["unet_forward_b12", "vae_decode_b12", *ADAPTED],
     "ops": bench_torch_ops.names(),
 }
 # At most so many runs, begun within so many seconds. Operations take many: the first few still
@@ -79,7 +80,7 @@ LIMITS = {"model": (10, 30.0), "train": (10, 30.0), "sharpen": (5, 60.0), "ops":
 
 def chosen(suite, only):
     """Names to measure, in order; KeyError with a message where `only` names none of the suite's."""
-    known = SUITES[suite] if suite else list(dict.fromkeys([*sum(SUITES.values(), []), *BY_NAME]))
+    known = SUITES[suite] if suite else list(dict.fromkeys([*sum(SUITES.values(), []), *BY_NAME, *SHARPEN]))
     if not only:
         return SUITES[suite or "model"]
     wanted = only.split(",")
@@ -344,8 +345,6 @@ def main():
         p.error("training is measured without --compile")
     if SHARPEN.keys() & set(names) and not args.given:
         p.error("steps of sharpening need --given")
-    if SHARPEN.keys() & set(names) and placement != Placement():
-        p.error("steps of sharpening are measured on the CPU in f32")
     runs, seconds = LIMITS[args.suite or "model"]
     runs, seconds = args.runs or runs, args.seconds or seconds
     workload = Workload(args.model, args.latent, placement, args.given) if len(operations) < len(names) else None

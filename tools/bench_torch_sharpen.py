@@ -1,7 +1,9 @@
 """The training steps of Diffusion-Sharpening that tools/bench_torch.py measures, in PyTorch.
 
 Both loops are this project's own, with diffusers' networks and scheduler, peft's LoRA and transformers'
-CLIP, on the shipped weights in f32, eager. They take their inputs (clean latents or the noise that
+CLIP, eager, on the CPU in f32 or on a GPU. In bf16 or f16 it is mixed precision, as in diffusers' training
+scripts: networks that learn nothing have weights of that type, the adapter f32 ones, and U-Nets run under
+autocast; the scorer, latents and losses are f32. They take their inputs (clean latents or the noise that
 images are generated from, noises, timesteps, encoded texts, the adapter) from what `ds-bench
 sharpen-step` wrote (docs/parity.md), so that their gradients can be compared with Rust's (`agreement`).
 
@@ -17,7 +19,8 @@ by the scene CLIP. SFT learns from the best trajectory of a group, RLHF from the
     backward too, with zeros;
   - the VAE decodes estimates that have a graph, so that it keeps one itself, though nothing flows back;
   - the caption goes through the scorer's text tower with each call;
-  - the frozen reference (RLHF) sees every state of every trajectory;
+  - the frozen reference (RLHF) sees every state of every trajectory, as it does in `ds-train`. The
+    released scripts run it at each trajectory's first state only: 12 forwards where these are 36;
   - images are generated without gradients, n at a time, the adapter not merged.
 It spares PyTorch what those scripts do badly beyond that: images do not go through PIL and are not
 scored one by one, the reference's weights are not a second copy in memory, and frozen weights get no
@@ -28,21 +31,28 @@ so the gradients are those of Rust.
 the first without graphs, over all groups at once, on a network with the adapter merged; reference
 and gradients for the chosen trajectories alone; scored texts encoded once. Its ratio to Rust is that of
 the implementations, Plain's also that of the method's bookkeeping.
+
+`sharpen_rlhf_full` and `_full_replay` are Plain with every weight of the U-Net trained instead of an adapter:
+f32 weights under autocast, gradient checkpoints (which those scripts need too), and a frozen copy as the
+reference. They start from the same inputs, but at the checkpoint itself, and their gradients are not compared.
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What of a step is done: `generates` its images itself, and `learns` from images."""
+    """What of a step is done: `generates` its images itself, and `learns` from images. `full`: every
+    weight is trained."""
 
     method: str
     generates: bool
     learns: bool
     careful: bool = False
+    full: bool = False
 
     @property
     def part(self):
@@ -57,7 +67,11 @@ PLAIN = {
     "sharpen_rlhf_lora_replay": Piece("rlhf", generates=False, learns=True),
 }
 CAREFUL = "_careful"
-SHARPEN = PLAIN | {name + CAREFUL: replace(piece, careful=True) for name, piece in PLAIN.items()}
+ADAPTED = PLAIN | {name + CAREFUL: replace(piece, careful=True) for name, piece in PLAIN.items()}
+SHARPEN = ADAPTED | {
+    "sharpen_rlhf_full": Piece("rlhf", generates=True, learns=True, full=True),
+    "sharpen_rlhf_full_replay": Piece("rlhf", generates=False, learns=True, full=True),
+}
 
 
 def counterpart(name):
@@ -68,14 +82,16 @@ def counterpart(name):
 # ---------------------------------------------------------------- what both sides get
 
 class Given:
-    """A step's inputs, choices and gradients as Rust wrote them."""
+    """A step's inputs, choices and gradients as Rust wrote them, on `device`."""
 
-    def __init__(self, folder, method):
+    def __init__(self, folder, method, device="cpu"):
         from safetensors import safe_open
 
         with safe_open(Path(folder) / f"{method}.safetensors", "pt") as file:
-            self.tensors = {name: file.get_tensor(name) for name in file.keys()}
+            self.tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
             self.about = json.loads(file.metadata()["step"])
+        # Where nothing has to wait for them.
+        self.tensors["timesteps"] = self.tensors["timesteps"].cpu()
         self.groups, self.n = self.tensors["renoise"].shape[:2]
         self.picks = list(zip(self["best"].tolist(), self["worst"].tolist()))
 
@@ -91,25 +107,27 @@ class Given:
 class Clip:
     """The reward: cosine of image and caption by the checkpoint's scene CLIP."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, device):
         import torch
         from transformers import CLIPModel, CLIPTokenizer
 
-        self.torch = torch
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        self.torch, self.device = torch, device
+        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).to(device)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         about = json.loads((Path(folder) / "preprocessor_config.json").read_text())
-        self.mean, self.std = (torch.tensor(about[key])[:, None, None] for key in ("image_mean", "image_std"))
+        self.mean, self.std = (
+            torch.tensor(about[key], device=device)[:, None, None] for key in ("image_mean", "image_std")
+        )
 
     def ids(self, prompts):
         length = self.model.config.text_config.max_position_embeddings
         return self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True,
-                              return_tensors="pt").input_ids
+                              return_tensors="pt").input_ids.to(self.device)
 
     def pixels(self, images):
         """The tower's input of decoded images, about [-1, 1], by way of 8 bits."""
         torch, side = self.torch, self.model.config.vision_config.image_size
-        bits = ((images.detach() + 1) * 127.5).round().clamp(0, 255)
+        bits = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255)
         if bits.shape[-2:] != (side, side):
             bits = torch.nn.functional.interpolate(bits, (side, side), mode="bicubic", antialias=True)
             bits = bits.round().clamp(0, 255)
@@ -131,7 +149,7 @@ class Clip:
 class Loop:
     """Networks, adapter and optimiser of a step."""
 
-    def __init__(self, workload, given):
+    def __init__(self, workload, given, full=False):
         import diffusers
 
         self.torch, self.workload, self.given = workload.torch, workload, given
@@ -142,9 +160,12 @@ class Loop:
         self.scheduler.set_timesteps(given.about["rollout_steps"])
         self.reference = workload.unet.requires_grad_(False)
         self.vae = workload.vae.requires_grad_(False)
-        self.clip = Clip(workload.folder / "scene_clip")
+        self.clip = Clip(workload.folder / "scene_clip", workload.device)
         self.policy = self.network()
-        self.adapt()
+        if full:
+            self.train_all()
+        else:
+            self.adapt()
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = self.torch.optim.AdamW(self.parameters, lr=given.about["lr"], weight_decay=0.0)
 
@@ -167,7 +188,15 @@ class Loop:
         self.policy.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=self.modules))
         with self.torch.no_grad():
             for name, parameter in self.adapter().items():
-                parameter.copy_(matrices[name])
+                # peft gives an adapter the type of its layer.
+                parameter.data = matrices[name].clone()
+
+    def train_all(self):
+        """Makes every weight of the policy its own, in f32, and trained."""
+        for parameter in self.policy.parameters():
+            parameter.data = parameter.detach().to(self.torch.float32, copy=True)
+        self.policy.requires_grad_(True)
+        self.policy.enable_gradient_checkpointing()
 
     def adapter(self):
         """The policy's factors under Rust's names."""
@@ -182,8 +211,14 @@ class Loop:
         """Predictions for rows of these groups; `t` one number, or one a row."""
         given = self.given
         cond = {"text_embeds": given["pooled"][groups], "time_ids": given["time_ids"][groups]}
-        return unet(x, t, encoder_hidden_states=given["context"][groups], added_cond_kwargs=cond,
-                    return_dict=False)[0]
+        with self.mixed():
+            return unet(x, t, encoder_hidden_states=given["context"][groups], added_cond_kwargs=cond,
+                        return_dict=False)[0].float()
+
+    def mixed(self):
+        """Autocast, where the numbers are not f32."""
+        w = self.workload
+        return nullcontext() if w.dtype == self.torch.float32 else self.torch.autocast(w.device.type, w.dtype)
 
     def rollout(self, unet, noise, groups):
         """Images' latents from unit noise, rows of these groups."""
@@ -292,7 +327,7 @@ class Careful(Loop):
 
     def abar(self, t):
         """ᾱ of each row."""
-        return self.scheduler.alphas_cumprod[t][:, None, None, None]
+        return self.scheduler.alphas_cumprod.to(t.device)[t][:, None, None, None]
 
     def chains(self, clean, noise, t):
         """(timesteps, states, clean-image estimates) of every level."""
@@ -310,7 +345,8 @@ class Careful(Loop):
 
     def learn(self, clean, picks=None):
         torch, given = self.torch, self.given
-        noise, t = given["renoise"].flatten(0, 1), given["timesteps"].repeat_interleave(given.n)
+        noise = given["renoise"].flatten(0, 1)
+        t = given["timesteps"].repeat_interleave(given.n).to(noise.device)
         with torch.no_grad():
             levels = self.chains(clean.flatten(0, 1), noise, t)
             latents = torch.cat([estimate for _, _, estimate in levels])
@@ -321,7 +357,8 @@ class Careful(Loop):
                 for z, text in zip(latents.split(size), captions.split(size))
             ]).view(len(levels), given.groups, given.n).mean(0)
         picks = picks or list(zip(scores.argmax(1).tolist(), scores.argmin(1).tolist()))
-        micro = given.about["micro"]
+        # A GPU's memory is filled by the graph of few.
+        micro = given.about["micro"] if noise.device.type == "cpu" else 1
         for first in range(0, given.groups, micro):
             self.learn_groups(range(first, min(first + micro, given.groups)), picks, levels, noise)
         return scores
@@ -340,19 +377,19 @@ class Careful(Loop):
             return errors.view(len(levels), len(groups), 1 + pairs).mean(0)
 
         with torch.no_grad():
-            reference = means(self.reference) if pairs else torch.zeros(len(groups), 1)
+            reference = means(self.reference) if pairs else torch.zeros(len(groups), 1, device=x.device)
         policy = means(self.policy)
         losses = self.loss((policy[:, 0], reference[:, 0]), (policy[:, -1], reference[:, -1]))
         (losses.sum() / given.groups).backward()
 
 
 def loop(piece, workload, given):
-    return (Careful if piece.careful else Plain)(workload, given)
+    return Careful(workload, given) if piece.careful else Plain(workload, given, piece.full)
 
 
 def prepare(piece, workload, folder):
     """What does the piece once."""
-    one = loop(piece, workload, Given(folder, piece.method))
+    one = loop(piece, workload, Given(folder, piece.method, workload.device))
     return lambda: one.step(piece)
 
 
@@ -368,9 +405,9 @@ def agreement(workload, folder, names):
         piece = SHARPEN.get(name)
         if piece is None:
             continue
-        given = Given(folder, piece.method)
+        given = Given(folder, piece.method, workload.device)
         found[name] = {"planned": given.about["planned"][piece.part]}
-        if not piece.learns:
+        if not piece.learns or piece.full:
             continue
         one = loop(piece, workload, given)
         clean, scores = one.once(piece, given.picks)

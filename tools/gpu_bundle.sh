@@ -63,13 +63,18 @@ if [[ -n $rehearse ]]; then
   tests=(cargo test --no-run --release)
 fi
 readonly json=--message-format=json-render-diagnostics
-bench=$("${programs[@]}" $json | executable ds-bench)
+built=$(mktemp)
+trap 'rm -f "$built"' EXIT
+"${programs[@]}" $json >"$built"
+bench=$(executable ds-bench <"$built")
+train=$(executable ds-train <"$built")
 gpu=$("${tests[@]}" --test gpu $json | executable gpu)
 
 new=$out.new
 rm -rf "$new"
 mkdir -p "$new/bin" "$new/wheels"
 pack ds-bench "$bench"
+pack ds-train "$train"
 pack gpu "$gpu"
 python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
   --dest "$new/wheels" "${wheels[@]}"

@@ -6,7 +6,8 @@ The parts, in order of value:
   1  correctness: the tests for GPUs, and the shipped model against the CPU
   2  SDXL with random weights against PyTorch
   3  speed of inference, ours and PyTorch's, beside what the card can do at all
-  4  a LoRA and a full training step, with peak memory
+  4  steps of sharpening, and plain training steps, ours and PyTorch's, with peak memory
+  5  in the minutes that are left: the shipped model sharpened, into --out/part5
 Part 3 ends with what matters least (torch.compile of the whole U-Net), after part 4.
 
 Writes results.json and results.md into --out after every result, so that what is known stays when
@@ -149,7 +150,8 @@ class Run:
         print(f"gpu_check: {step.name} (at most {limit:.0f} s)", flush=True)
         start, mark, got = time.monotonic(), len(watch.samples), 0
         try:
-            for line in lines(step.command, limit, env, ROOT):
+            command = [part.replace("{seconds}", f"{limit:.0f}") for part in step.command]
+            for line in lines(command, limit, env, ROOT):
                 if found := read_row(line, step):
                     kind, row = found
                     self.results[kind].append(row)
@@ -191,11 +193,12 @@ def arguments():
     args = p.parse_args()
     args.device = args.device or ("cpu" if args.rehearse else "cuda:0")
     try:
-        args.parts = {int(part) for part in args.only.split(",")} if args.only else {1, 2, 3, 4}
+        args.parts = {int(part) for part in args.only.split(",")} if args.only else {1, 2, 3, 4, 5}
     except ValueError:
         args.parts = set()
-    if not args.parts or not args.parts <= {1, 2, 3, 4}:
-        p.error("--only: parts are 1 to 4")
+    if not args.parts or not args.parts <= {1, 2, 3, 4, 5}:
+        p.error("--only: parts are 1 to 5")
+    args.out = args.out.resolve()
     return args
 
 
@@ -219,7 +222,7 @@ def main():
             for step in steps(setting):
                 if step.part not in args.parts:
                     continue
-                if step.part > 1 and checkpoint:
+                if step.part in (2, 3, 4) and checkpoint:
                     checkpoint.finish(run)
                     checkpoint = None
                 run.step(step, env, watch)

@@ -2,6 +2,7 @@
 
     python tools/gpu_parity.py shipped --program ds-bench --model models/tiny --device cuda:0
     python tools/gpu_parity.py torch --program ds-bench --model DIR --device cuda:0 --latent 64 64
+    python tools/gpu_parity.py sharpen --program ds-bench --model DIR --device cuda:0 --dtype bf16 --given OUT
 
 `shipped` compares `ds-bench parity` on the GPU with the same program on the CPU, which computes in f32
 with the same weights: every component, and the trajectory of each of the four samplers. It also
@@ -10,6 +11,10 @@ gives the PSNR of images decoded in bf16 against f32. It needs no diffusers.
 `torch` compares it with diffusers, in f32 without TF32, on the same device and the same weights.
 PyTorch's own bf16 is held against the same reference: the limit of bf16 follows it.
 
+`sharpen` has Rust write a step of sharpening of an adapter into the folder --given, and gives the cosine of
+its gradients, SFT's and RLHF's, with those that bench_torch_sharpen.py finds for the same choices. Images
+are not generated anew: in few bits they come out different.
+
 Errors are |a - b| / |b| over the whole tensor.
 """
 
@@ -17,6 +22,7 @@ import argparse
 import gc
 import json
 import math
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -33,6 +39,8 @@ TRAJECTORY_LIMITS = {"f32": 1e-3, "f16": 5e-2, "bf16": 5e-2}
 # Of PyTorch's own error in bf16, and what is allowed however small that is.
 SLACK, FLOORS = 1.5, {"f32": 1e-3, "bf16": 1e-2}
 LEAST_PSNR = 40.0
+# Of gradients of a step of sharpening; RLHF's are differences of nearly equal ones.
+LEAST_COSINE = {"f32": 0.9999, "bf16": 0.98}
 
 
 def report(check, value, limit, least=False):
@@ -131,15 +139,35 @@ def against_torch(args):
                    max(FLOORS[dtype], allowed.get(name, 0.0)))
 
 
+def gradients(args):
+    from bench_torch import Placement, Workload
+    from bench_torch_sharpen import agreement
+
+    dtype = args.dtype
+    command = [args.program, "sharpen-step", "--model", str(args.model), "--out", str(args.given),
+               *flags(args.device, dtype)]
+    subprocess.run(command + (["--latent", *map(str, args.latent)] if args.latent else []), check=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    workload = Workload(str(args.model), args.latent, Placement(args.device, dtype, dtype))
+    size = f"latents of {'×'.join(map(str, workload.latent))}"
+    for name, step in agreement(workload, args.given, ("sharpen_sft_lora", "sharpen_rlhf_lora_replay")).items():
+        what = f"gradients of {name}, {size}, {dtype}"
+        report(f"{what}: cosine with PyTorch's", step["cosine"], LEAST_COSINE[dtype], least=True)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("shipped", "torch"))
+    p.add_argument("what", choices=("shipped", "torch", "sharpen"))
     p.add_argument("--program", required=True, help="ds-bench")
     p.add_argument("--model", type=Path, required=True)
     p.add_argument("--device", default="cuda:0")
     p.add_argument("--latent", type=int, nargs=2, metavar=("H", "W"))
+    p.add_argument("--dtype", choices=LEAST_COSINE, default="f32", help="of sharpen")
+    p.add_argument("--given", type=Path, help="folder for the steps of sharpen")
     args = p.parse_args()
-    (shipped if args.what == "shipped" else against_torch)(args)
+    if args.what == "sharpen" and not args.given:
+        p.error("sharpen needs --given")
+    {"shipped": shipped, "torch": against_torch, "sharpen": gradients}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 TFLOP = {"512": 1.589, "1024": 6.761}
 BATCHES = {1: "unet_forward_b2", 2: "unet_forward_b4", 8: "unet_forward_b16"}
 COMPILED = ("blocks", "whole")
+# Of a measured step of sharpening; targets are of one, of n = 3 trajectories of m = 3 states.
+GROUPS = 4
 
 
 class Row:
@@ -93,10 +95,7 @@ def rows(results):
     # A guided step is one forward of two samples.
     out.append(Row("G7", "launches of own kernels a step, 1024", ratio(launches, times(0.5, forwards)), "",
                    note="cuBLAS' and cuDNN's are not counted; the target of 900 counts all"))
-    missing = "ds-bench speed has no sharpening step"
-    out += [Row("G8", "LoRA sharpening step, 512, n = m = 3", None, "ms", 200, 112, note=missing),
-            Row("G9", "full sharpening step, 512, n = m = 3", None, "ms", 280, 155, note=missing),
-            Row("G10", "PyTorch's RLHF loop / ours", None, "×", 2, 3, least=True, note=missing)]
+    out += sharpening(m)
     for kind, gate, ambitious in (("lora", 40, 24), ("full", 60, 48)):
         name, what = f"train_step_{kind}_b4", {"lora": "LoRA", "full": "full"}[kind]
         peak_bytes = m.get("ours", "512", name, "peak_device_bytes")
@@ -112,6 +111,29 @@ def rows(results):
     out.append(Row("", "load the checkpoint", m.get("ours", "1024", "load"), "s"))
     # A rehearsal's figures are no SDXL's.
     return [row.as_dict() | ({"met": None} if results["rehearsal"] else {}) for row in out]
+
+
+def sharpening(m):
+    """Rows of the steps of sharpening."""
+    ours = lambda name, field="seconds_median": m.get("ours", "512", name, field)  # noqa: E731
+    against = lambda name, theirs="": ratio(m.get("eager", "512", name + theirs), ours(name))  # noqa: E731
+    each = f"a step of {GROUPS} groups / {GROUPS}; images generated before"
+    out = [Row("G8", "LoRA sharpening step of a group, 512, n = m = 3, RLHF",
+               times(1e3 / GROUPS, ours("sharpen_rlhf_lora_replay")), "ms", 200, 112, note=each),
+           Row("G9", "full sharpening step of a group, 512, n = m = 3, RLHF",
+               times(1e3 / GROUPS, ours("sharpen_rlhf_full_replay")), "ms", 280, 155, note=each),
+           Row("G10", "PyTorch's RLHF loop / ours, full, 512", against("sharpen_rlhf_full"), "×", 2, 3, least=True,
+               note="images generated"),
+           Row("G10", "the same, LoRA", against("sharpen_rlhf_lora"), "×"),
+           Row("G10", "the same, LoRA, images generated before", against("sharpen_rlhf_lora_replay"), "×"),
+           Row("G10", "PyTorch's careful RLHF loop / ours, LoRA", against("sharpen_rlhf_lora", "_careful"), "×")]
+    for kind, what in (("lora", "LoRA"), ("full", "full")):
+        name = f"sharpen_rlhf_{kind}"
+        out += [Row("", f"RLHF step of {GROUPS} groups, 512, {what}", times(1e3, ours(name)), "ms"),
+                Row("", "its peak memory", times(1e-9, ours(name, "peak_device_bytes")), "GB"),
+                Row("", "the same in PyTorch", times(1e-9, m.get("eager", "512", name, "peak_device_bytes")), "GB")]
+    out.append(Row("", f"SFT step of {GROUPS} groups, 512, LoRA", times(1e3, ours("sharpen_sft_lora")), "ms"))
+    return out
 
 
 def residue(m, image, decode):
@@ -167,12 +189,27 @@ def markdown(results):
          f"{m['peak_device_bytes'] / 1e9:.2f} GB" if m.get("peak_device_bytes") else "–")
         for m in results["measurements"] if "seconds_median" in m))
     yield ""
+    for run in (m for m in results["measurements"] if "updates" in m):
+        yield "## Training"
+        yield ""
+        yield f"The shipped model sharpened (part5): {in_words(run)}"
+        yield ""
     yield "## Steps"
     yield ""
     yield from table(("part", "step", "outcome", "seconds", "GPU", "error"), (
         (s["part"], s["name"], s["status"], figure(s.get("seconds")),
          ", ".join(f"{key} {value:g}" for key, value in s.get("gpu", {}).items()), short(s.get("error", "")))
         for s in results["steps"]))
+
+
+def in_words(run):
+    """A training run: updates, their rate, and the validations' rewards."""
+    rewards = (
+        f"{name} {figure(r['first'][1])} (update {r['first'][0]}), {figure(r['last'][1])} (update {r['last'][0]})"
+        for name, r in run["rewards"].items()
+    )
+    rate = f"{figure(run['updates_per_second'])} a second, validations included"
+    return "; ".join([f"{run['updates']} updates", rate, *rewards]) + "."
 
 
 def short(error):

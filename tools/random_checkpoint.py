@@ -18,6 +18,8 @@ widths) are small, but for sdxl.
 sdxl is SDXL itself, with its VAE and text towers. --device cuda makes its numbers on the GPU, in
 seconds, and --dtype bf16 writes 7 GB where f32 would take 14.
 
+--scene-clip copies a scene CLIP into it, which steps of sharpening need: its scores mean nothing there.
+
 Weights are made and written a tensor at a time, so that it takes little memory: matrices are normal
 with variance 1 / inputs, so that activations stay near 1; norms' weights normal around 1 and biases
 around 0, so that one left out is noticed. The same seed gives the same files on the same device.
@@ -27,6 +29,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -137,6 +140,7 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu", help="where the numbers are made: cpu or cuda")
     p.add_argument("--dtype", choices=DTYPES, default="f32", help="of the files")
+    p.add_argument("--scene-clip", help="folder that is copied to scene_clip")
     args = p.parse_args()
 
     import diffusers
@@ -161,6 +165,8 @@ def main():
         (network.save_config if hasattr(network, "save_config") else network.config.save_pretrained)(folder)
         write(folder / f"{stem}.safetensors", dict(network.named_parameters()), args.dtype, generator)
         print(f"{name}: {network.num_parameters():,} parameters")
+    if args.scene_clip:
+        shutil.copytree(args.scene_clip, Path(args.out) / "scene_clip", dirs_exist_ok=True)
     size = sum(file.stat().st_size for file in Path(args.out).rglob("*") if file.is_file())
     print(f"{args.out}: {size:,} bytes")
 

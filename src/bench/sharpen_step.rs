@@ -12,7 +12,7 @@ use super::sharpen_workload::{Part, Steps, UPDATE};
 use crate::diffusion::meter::Meter;
 use crate::nn::device::Placement;
 use crate::sdxl::weights::write_safetensors;
-use crate::train::settings::Method;
+use crate::train::settings::{Method, Trained};
 use crate::train::sharpen::{Group, starts, stride};
 use crate::train::texts;
 use crate::{Error, Result};
@@ -65,7 +65,7 @@ pub fn write(
     placement: &Placement,
     out: &Path,
 ) -> Result<()> {
-    let mut steps = Steps::open(model, method, latent, placement)?;
+    let mut steps = Steps::open(model, (method, Trained::Lora), latent, placement)?;
     let before = steps.trainable.copies()?;
     let (report, groups) = steps.learn(Part::Whole, &Meter::default())?;
     let report = report.ok_or_else(|| Error::invalid("step", "nothing was learnt"))?;

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Tensor};
 
 use super::adapter::TARGETS;
 use super::workload;
@@ -25,7 +25,7 @@ use crate::train::optimizer::{AdamW, Gradients, Missing, Step};
 use crate::train::pass::Policy;
 use crate::train::rollout::Rollout;
 use crate::train::score::Scorer;
-use crate::train::settings::{Method, Renoise, RewardScale, Score, Settings, Target};
+use crate::train::settings::{Method, Renoise, RewardScale, Score, Settings, Target, Trained};
 use crate::train::sharpen::{Group, Models, Report, Sharpening};
 use crate::train::texts::Texts;
 use crate::train::trainable::Trainable;
@@ -52,22 +52,40 @@ pub enum Part {
     Replay,
 }
 
-/// Every piece with the name it is reported under.
-pub const ALL: [(&str, Method, Part); 4] = [
-    ("sharpen_sft_lora", Method::Sft, Part::Whole),
-    ("sharpen_rlhf_lora", Method::Rlhf, Part::Whole),
-    ("sharpen_rlhf_rollouts", Method::Rlhf, Part::Rollouts),
-    ("sharpen_rlhf_lora_replay", Method::Rlhf, Part::Replay),
-];
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    pub method: Method,
+    pub trained: Trained,
+    pub part: Part,
+}
+
+impl Piece {
+    /// Every piece with the name it is reported under.
+    pub const ALL: [(&'static str, Self); 6] = [
+        ("sharpen_sft_lora", Self::new(Method::Sft, Trained::Lora, Part::Whole)),
+        ("sharpen_rlhf_lora", Self::new(Method::Rlhf, Trained::Lora, Part::Whole)),
+        ("sharpen_rlhf_rollouts", Self::new(Method::Rlhf, Trained::Lora, Part::Rollouts)),
+        ("sharpen_rlhf_lora_replay", Self::new(Method::Rlhf, Trained::Lora, Part::Replay)),
+        ("sharpen_rlhf_full", Self::new(Method::Rlhf, Trained::Full, Part::Whole)),
+        ("sharpen_rlhf_full_replay", Self::new(Method::Rlhf, Trained::Full, Part::Replay)),
+    ];
+
+    const fn new(method: Method, trained: Trained, part: Part) -> Self {
+        Self { method, trained, part }
+    }
+}
 
 /// Trajectories and states as in the paper; steps, groups and the missing guidance as in the
 /// released scripts; the reference at every state, as `ds-train` has it. Chains start where all
-/// of their states exist, so that every step costs the same.
-pub fn settings(method: Method) -> Settings {
+/// of their states exist, so that every step costs the same. Where every weight is trained, the
+/// graph of one group at a time is what fits beside them.
+pub fn settings(method: Method, trained: Trained) -> Settings {
     let (batch, n, m) = (4, 3, 3);
     Settings {
+        train: trained,
         batch,
-        micro: batch,
+        micro: if trained == Trained::Full { 1 } else { batch },
         n,
         m,
         chain_steps: STEPS,
@@ -90,7 +108,7 @@ pub fn settings(method: Method) -> Settings {
     }
 }
 
-/// A checkpoint with an adapter in training.
+/// A checkpoint with an adapter, or all of its U-Net, in training.
 pub struct Steps {
     pub(super) method: Method,
     pub(super) settings: Settings,
@@ -117,11 +135,15 @@ impl Steps {
     /// Names the file that is missing or unusable, or `rewards` without a scene CLIP.
     pub fn open(
         path: &Path,
-        method: Method,
+        (method, trained): (Method, Trained),
         latent: Option<(usize, usize)>,
         placement: &Placement,
     ) -> Result<Self> {
-        let settings = settings(method);
+        let mut settings = settings(method, trained);
+        if placement.device.is_cuda() {
+            // What a graph of SDXL at 512 px takes is to fit into 80 GB beside the rest.
+            settings.micro = settings.micro.min(2);
+        }
         let scorer = Scorer::new(&registry::for_model(path)?, &settings)?;
         let folder = Arc::new(ModelFolder::open(path, placement)?);
         let schedule = NoiseSchedule::new(&folder.scheduler()?)?;
@@ -135,7 +157,7 @@ impl Steps {
         let trainable = Trainable::new(&folder, &settings)?;
         let key = NoiseKey::new(settings.seed);
         for (index, (name, var)) in trainable.vars.iter().enumerate() {
-            if name.ends_with(".up") {
+            if trained == Trained::Lora && name.ends_with(".up") {
                 let index = index as u64;
                 let unit =
                     key.normal(Purpose::Training, UPDATE, index, var.dims(), var.device())?;
@@ -177,7 +199,8 @@ impl Steps {
             let vae = &self.folder.vae;
             let posterior = vae.encode(&image.to_device(self.folder.device())?)?;
             let text = self.texts.encode(&[&prompt])?.remove(0);
-            let clean = vae.scale(&posterior.mean)?;
+            // Latents are f32 whatever the VAE computes in.
+            let clean = vae.scale(&posterior.mean)?.to_dtype(DType::F32)?;
             self.given.push(Group {
                 prompt: prompt.clone(),
                 text,
@@ -231,7 +254,8 @@ impl Steps {
         }
         let loss = report.means.get("loss").copied();
         let loss = loss.ok_or_else(|| Error::invalid("scores", "no group has a preference"))?;
-        Ok(Tensor::new(loss, &Device::Cpu)?)
+        // Where the weights are: a measurement waits for that device.
+        Ok(Tensor::new(loss, self.folder.device())?)
     }
 
     /// `part` up to the gradients, with what it learnt from.
@@ -295,9 +319,10 @@ mod tests {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny");
         let placement = Placement::cpu(candle_core::DType::F32);
         // Small latents: what is counted does not depend on them.
-        for (name, method, part) in ALL {
-            settings(method).check(method).unwrap();
-            let mut steps = Steps::open(&path, method, Some((8, 8)), &placement).unwrap();
+        for (name, Piece { method, trained, part }) in Piece::ALL {
+            settings(method, trained).check(method).unwrap();
+            let mut steps =
+                Steps::open(&path, (method, trained), Some((8, 8)), &placement).unwrap();
             steps.prepare(part).unwrap();
             let meter = Meter::new(Budget::default());
             let made = steps.run(part, &meter).unwrap();
@@ -318,7 +343,8 @@ mod tests {
     fn a_checkpoint_without_a_reward_is_refused() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/parity/ddim_tiny");
         let placement = Placement::cpu(candle_core::DType::F32);
-        let error = Steps::open(&path, Method::Sft, None, &placement).err().unwrap().to_string();
+        let lora = (Method::Sft, Trained::Lora);
+        let error = Steps::open(&path, lora, None, &placement).err().unwrap().to_string();
         assert!(error.starts_with("rewards:") && error.contains("scene-clip"), "{error}");
     }
 }

@@ -12,14 +12,13 @@ use serde::Serialize;
 use super::op_workload;
 use super::placement::PlacementArgs;
 use super::process::{PeakMemory, cpu_seconds_since, cpu_time};
-use super::sharpen_workload::{self, Part, Steps};
+use super::sharpen_workload::{self, Steps};
 use super::stats::quantile;
 use super::train_workload::Training;
 use super::workload::{Piece, Work, Workload};
 use crate::diffusion::cost::Budget;
 use crate::diffusion::meter::Meter;
 use crate::nn::device::{Placement, Usage};
-use crate::train::settings::Method;
 use crate::{Error, Result};
 
 /// What rayon and candle read their number of threads from, once, when they start.
@@ -128,7 +127,7 @@ pub fn measure(
 ) -> anyhow::Result<()> {
     let known: Vec<String> = (Piece::ALL.map(|(name, _)| name.to_owned()).into_iter())
         .chain(Training::ALL.map(|(name, _)| name.to_owned()))
-        .chain(sharpen_workload::ALL.map(|(name, ..)| name.to_owned()))
+        .chain(sharpen_workload::Piece::ALL.map(|(name, _)| name.to_owned()))
         .chain(op_workload::names())
         .collect();
     if let Some(name) = args.only.iter().find(|name| !known.contains(name)) {
@@ -165,12 +164,12 @@ pub fn measure(
             let mut work = training.prepare(path, workload, &placement)?;
             let f = training.batch as u64;
             report(&row(args, name, about, f, &placement.device, &mut work)?)?;
-        } else if let Some((_, method, part)) =
-            sharpen_workload::ALL.iter().find(|(piece, ..)| piece == name)
+        } else if let Some((_, piece)) =
+            sharpen_workload::Piece::ALL.iter().find(|(piece, _)| piece == name)
         {
             drop(workload);
             let path = args.model.as_deref().unwrap_or(Path::new("."));
-            let (f, mut work) = sharpened(path, *method, *part, latent, &placement)?;
+            let (f, mut work) = sharpened(path, *piece, latent, &placement)?;
             report(&row(args, name, about, f, &placement.device, &mut work)?)?;
         } else if let Some((_, piece)) = Piece::ALL.iter().find(|(piece, _)| piece == name) {
             let f = workload.forwards(*piece)?;
@@ -186,12 +185,12 @@ pub fn measure(
 /// A step of Diffusion-Sharpening, and its U-Net forwards.
 fn sharpened(
     path: &Path,
-    method: Method,
-    part: Part,
+    piece: sharpen_workload::Piece,
     latent: Option<(usize, usize)>,
     placement: &Placement,
 ) -> Result<(u64, Work<'static>)> {
-    let mut steps = Steps::open(path, method, latent, placement)?;
+    let sharpen_workload::Piece { method, trained, part } = piece;
+    let mut steps = Steps::open(path, (method, trained), latent, placement)?;
     steps.prepare(part)?;
     let f = steps.planned(part)?.forwards() as u64;
     Ok((f, Box::new(move || steps.run(part, &Meter::new(Budget::default())))))
@@ -333,9 +332,8 @@ mod tests {
         let train = include_str!("../../tools/bench_torch_train.py");
         assert!(Training::ALL.iter().all(|(name, _)| train.contains(&format!("\"{name}\""))));
         let sharpen = include_str!("../../tools/bench_torch_sharpen.py");
-        assert!(
-            sharpen_workload::ALL.iter().all(|(name, ..)| sharpen.contains(&format!("\"{name}\"")))
-        );
+        let steps = sharpen_workload::Piece::ALL;
+        assert!(steps.iter().all(|(name, _)| sharpen.contains(&format!("\"{name}\""))));
         let ops = include_str!("../../tools/bench_torch_ops.py");
         let plain = op_workload::names().filter(|name| !name.ends_with("_train"));
         assert!(plain.into_iter().all(|name| ops.contains(&format!("\"{name}\""))));

@@ -109,7 +109,14 @@ impl Trainable {
     /// # Errors
     /// When the variables do not fit the checkpoint.
     pub fn snapshot(&self, folder: &ModelFolder) -> Result<UNet> {
-        self.network(folder, self.values())
+        let mut values = self.values();
+        if let Kind::Full { computed } = self.kind {
+            // Once, instead of in every pass.
+            for value in values.values_mut() {
+                *value = value.to_dtype(computed)?;
+            }
+        }
+        self.network(folder, values)
     }
 
     /// A network with other values of the variables.
