@@ -126,7 +126,7 @@ fn what_cannot_be_compared_is_refused_by_name() {
 #[test]
 fn cells_with_the_same_settings_are_trained_once() {
     let text = "method = \"rlhf\"\nseeds = [0]\n[settings]\nn = 3\nm = 3\nsteps = 10\n\
-                [[axis]]\nname = \"n\"\nvalues = [2, 3]\n[[axis]]\nname = \"m\"\nvalues = [1, 3]\n";
+                rollout_reuse = 1\n[[axis]]\nname = \"n\"\nvalues = [2, 3]\n[[axis]]\nname = \"m\"\nvalues = [1, 3]\n";
     let all = plan(text).unwrap();
     assert_eq!(all.cells.len(), 4);
     assert_eq!((&*all.cells[1].files, &*all.cells[3].files), ("n-3", "n-3"));
@@ -157,6 +157,9 @@ rank = 4
 lr = 3e-3
 chain_guidance = 1.0
 rollout_steps = 2
+rollout_reuse = 1
+score = \"chain\"
+ema = 0.0
 validate_every = 1
 validation_prompts = 2
 validation_steps = 2

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use diffusion_sharpening::data::prompts::PromptSource;
 use diffusion_sharpening::train::run::run;
-use diffusion_sharpening::train::settings::{LrSchedule, Method, Score, Select, Settings};
+use diffusion_sharpening::train::settings::{Method, Score, Select, Settings};
 use diffusion_sharpening::train::setup::Setup;
 use diffusion_sharpening::util::CancelToken;
 
@@ -37,7 +37,6 @@ fn settings(folder: &Path, name: &str, select: Select) -> Settings {
         beta: 200.0,
         lr: 5e-4,
         warmup: 0,
-        lr_schedule: LrSchedule::Constant,
         ema: 0.0,
         validate_every: 24,
         validation_prompts: prompts(folder, IMAGES_A_PROMPT),

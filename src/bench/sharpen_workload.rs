@@ -101,6 +101,7 @@ pub fn settings(method: Method, trained: Trained) -> Settings {
         rollout_steps: STEPS,
         rollout_solver: "ddim".into(),
         rollout_guidance: 1.0,
+        rollout_reuse: 1,
         rollout_batch: batch * n,
         decode_batch: batch * n,
         lr: 1e-6,

@@ -79,7 +79,7 @@ impl From<Method> for Settings {
             weight_decay: 0.0,
             clip: 1.0,
             warmup: 10,
-            lr_schedule: if rlhf { LrSchedule::Cosine } else { LrSchedule::Constant },
+            lr_schedule: LrSchedule::Constant,
             ema: if rlhf { 0.99 } else { 0.0 },
             batch: if rlhf { 16 } else { 8 },
             micro: 8,
