@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use serde::de::{Deserializer, Error as _};
+use serde::de::{DeserializeOwned, Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
 use crate::data::prompts::PromptSource;
@@ -136,6 +136,15 @@ pub struct Layer {
     pub reference_budget: Option<u64>,
 }
 
+/// A TOML file as `T`.
+///
+/// # Errors
+/// When the file cannot be read or holds something else.
+pub(super) fn read_toml<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
+    toml::from_str(&text).map_err(|e| Error::file(path, e))
+}
+
 impl Layer {
     /// Where the models here are to run.
     ///
@@ -154,8 +163,7 @@ impl Layer {
     /// # Errors
     /// When the file cannot be read or holds something else than options.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
-        toml::from_str(&text).map_err(|e| Error::file(path, e))
+        read_toml(path)
     }
 
     /// These options, with what they lack taken from `below`.

@@ -52,6 +52,12 @@ impl Spread {
     }
 }
 
+/// Of the finite ones, where there are any.
+pub(super) fn finite_mean(scores: &[f64]) -> Option<f64> {
+    let finite: Vec<f64> = scores.iter().copied().filter(|s| s.is_finite()).collect();
+    (!finite.is_empty()).then(|| finite.iter().sum::<f64>() / finite.len() as f64)
+}
+
 /// Unbiased, of the finite ones of at least two.
 fn variance(scores: &[f64]) -> Option<f64> {
     let finite: Vec<f64> = scores.iter().copied().filter(|s| s.is_finite()).collect();
@@ -74,17 +80,13 @@ impl Scores {
     /// (`reward_NAME`); scores that are not finite are left out.
     pub fn means(&self) -> BTreeMap<String, f64> {
         let mut means = BTreeMap::new();
-        let mut put = |name: String, scores: &[f64]| {
-            let finite: Vec<f64> = scores.iter().copied().filter(|s| s.is_finite()).collect();
-            if !finite.is_empty() {
-                means.insert(name, finite.iter().sum::<f64>() / finite.len() as f64);
-            }
-        };
-        put("reward".into(), &self.total);
-        self.parts.iter().for_each(|(name, scores)| put(format!("reward_{name}"), scores));
-        if let Some(variance) = variance(&self.total) {
-            means.insert("reward_deviation".into(), variance.sqrt());
-        }
+        means.extend(finite_mean(&self.total).map(|mean| ("reward".into(), mean)));
+        means.extend(
+            self.parts.iter().filter_map(|(name, scores)| {
+                Some((format!("reward_{name}"), finite_mean(scores)?))
+            }),
+        );
+        means.extend(variance(&self.total).map(|v| ("reward_deviation".into(), v.sqrt())));
         means
     }
 }

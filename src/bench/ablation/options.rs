@@ -7,10 +7,10 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::bench::options::Seeds;
+use crate::Result;
+use crate::bench::options::{Seeds, read_toml};
 use crate::data::prompts::PromptSource;
 use crate::train::settings::Method;
-use crate::{Error, Result};
 
 /// What cells have in common with the base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -119,8 +119,7 @@ impl Layer {
     /// # Errors
     /// When the file cannot be read or holds something else than options.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, e))?;
-        toml::from_str(&text).map_err(|e| Error::file(path, e))
+        read_toml(path)
     }
 
     /// These options of flags and environment, with what they lack taken from a file's.

@@ -16,7 +16,7 @@ use crate::diffusion::schedule::NoiseSchedule;
 use crate::diffusion::sdxl_model::SdxlModel;
 use crate::train::objective::Objective;
 use crate::train::pass::Policy;
-use crate::train::score::{Scorer, Scores};
+use crate::train::score::{Scorer, Scores, finite_mean};
 use crate::train::settings::{Method, Renoise, Score, Select, Settings};
 use crate::util::CancelToken;
 use crate::{Error, Result};
@@ -251,7 +251,8 @@ impl Sharpening<'_> {
             bands.entry(band).or_default().push(*score);
         }
         for (band, scores) in bands {
-            note(report, &format!("reward_t{}", band + 1), &scores);
+            let mean = finite_mean(&scores);
+            report.means.extend(mean.map(|mean| (format!("reward_t{}", band + 1), mean)));
         }
         report.means.extend(scores.means());
     }
@@ -300,12 +301,4 @@ impl Sharpening<'_> {
 
 pub(super) fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
-}
-
-/// Notes the mean of those that are finite, where there are any.
-fn note(report: &mut Report, name: &str, values: &[f64]) {
-    let finite: Vec<f64> = values.iter().copied().filter(|v| v.is_finite()).collect();
-    if !finite.is_empty() {
-        report.means.insert(name.to_owned(), mean(&finite));
-    }
 }
