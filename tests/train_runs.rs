@@ -11,7 +11,9 @@ use diffusion_sharpening::data::images::ImageSource;
 use diffusion_sharpening::data::prompts::PromptSource;
 use diffusion_sharpening::data::scenes::Split;
 use diffusion_sharpening::train::run::{Outcome, run};
-use diffusion_sharpening::train::settings::{Method, Renoise, Score, Settings, Trained};
+use diffusion_sharpening::train::settings::{
+    ExportType, Method, Renoise, Score, Settings, Trained,
+};
 use diffusion_sharpening::train::setup::Setup;
 use diffusion_sharpening::util::CancelToken;
 
@@ -159,4 +161,48 @@ fn a_folder_with_another_run_is_refused_by_what_differs() {
     let setup = Setup::open(Method::Rlhf, other).unwrap();
     let error = run(&setup, &CancelToken::default(), true).unwrap_err().to_string();
     assert!(error.contains("beta") && error.contains("7.0") && !error.contains("steps"), "{error}");
+}
+
+/// A run that begins with another's adapter begins with its weights, and in RLHF compares with them.
+#[test]
+fn a_run_goes_on_from_an_adapter() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| -> PathBuf { folder.path().join(name) };
+    let never = CancelToken::default();
+    let exported = |settings: &mut Settings| {
+        (settings.ema, settings.export_dtype) = (0.0, ExportType::F32);
+        settings.warmup = 0;
+    };
+    let mut first = Settings { steps: 2, lr: 1e-2, alpha: Some(8.0), ..small(Method::Sft) };
+    exported(&mut first);
+    let adapter = go(Method::Sft, first, &at("first"), &never).exported;
+
+    let mut second = Settings { steps: 1, ..small(Method::Rlhf) };
+    exported(&mut second);
+    second.adapter = Some(adapter.display().to_string());
+    let still = Settings { lr: 0.0, ..second.clone() };
+    let same = go(Method::Rlhf, still, &at("same"), &never).exported;
+    let product = |path: &Path| {
+        let tensors = read(path);
+        let module = tensors.keys().find_map(|k| k.strip_suffix(".lora_down.weight")).unwrap();
+        let of = |end: &str| tensors[&format!("{module}.{end}")].flatten_all().unwrap();
+        let alpha = f64::from(of("alpha").to_vec1::<f32>().unwrap()[0]);
+        (of("lora_up.weight").to_vec1::<f32>().unwrap(), alpha)
+    };
+    let ((a, alpha_a), (b, alpha_b)) = (product(&adapter), product(&same));
+    assert!(a.iter().any(|v| *v != 0.0));
+    assert_eq!((alpha_a, alpha_b), (8.0, 4.0));
+    let close = |(a, b): (&f32, &f32)| (2.0 * a - b).abs() <= 1e-6 * b.abs();
+    assert!(a.iter().zip(&b).all(close), "the same update with the scale of the second run");
+
+    // The first update of RLHF begins at its reference.
+    go(Method::Rlhf, second.clone(), &at("on"), &never);
+    let loss = metrics(&at("on"))[0]["train/loss"].as_f64().unwrap();
+    assert!((loss - std::f64::consts::LN_2).abs() < 1e-4, "{loss}");
+
+    let out = Some(at("other").display().to_string());
+    let other = Settings { rank: 3, out, ..second };
+    let error = run(&Setup::open(Method::Rlhf, other).unwrap(), &never, true).unwrap_err();
+    let error = error.to_string();
+    assert!(error.contains("adapter.safetensors") && error.contains("rank"), "{error}");
 }

@@ -42,6 +42,9 @@ pub struct Cell {
     pub steps: u32,
     /// Every effective parameter of the method.
     pub params: Map<String, Value>,
+    /// The image in small (`thumbnail`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thumbnail: Option<String>,
     /// Why nothing ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub infeasible: Option<String>,

@@ -32,6 +32,7 @@ pub mod stats;
 pub mod summary;
 pub mod sweep;
 pub mod sweep_merge;
+mod thumbnail;
 pub mod train_workload;
 pub mod wiring;
 pub mod workload;

@@ -1,16 +1,20 @@
 //! `ds-bench scene-report`: a sweep's scores by category of the scene world.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
 use super::cell::{self, Cell};
-use super::stats::Bootstrap;
+use super::manifest::Manifest;
+use super::stats::{Bootstrap, Estimate};
+use super::summary::reference_cells;
 use super::sweep::CELLS;
+use super::thumbnail;
 use crate::data::scenes::{Caption, Category};
 use crate::{Error, Result};
 
 /// Print a sweep's scores by category of the scene world, as Markdown, with 95 % intervals
-/// bootstrapped over prompts.
+/// bootstrapped over prompts: means, paired differences from plain sampling, and how far the
+/// images of a prompt's seeds lie apart.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
     /// Folder written by `nfe-sweep`.
@@ -28,48 +32,157 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     let path = args.sweep.join(CELLS);
     let cells = cell::read(&path)?;
-    let table = table(&cells, &args.reward);
-    if table.is_empty() {
+    let manifest = Manifest::read(&args.sweep)?;
+    let reference = manifest.map(|m| reference_cells(&m, &cells)).unwrap_or_default();
+    let report = report(&cells, &reference, &args.reward);
+    if report.is_empty() {
         let message =
             format!("no cell has the reward '{}' on a caption of the scene world", args.reward);
         return Err(Error::file(path, message));
     }
-    print!("{table}");
+    print!("{report}");
     Ok(())
 }
 
-/// One row per method and budget, one column per category and one for all.
-pub fn table(cells: &[Cell], reward: &str) -> String {
-    type Row = BTreeMap<usize, (Category, Vec<f64>)>;
-    let mut rows: BTreeMap<(String, u64), Row> = BTreeMap::new();
+/// Values of a row's prompts, with their categories.
+type Prompts = BTreeMap<usize, (Category, Vec<f64>)>;
+/// Rows by method and budget.
+type Rows = BTreeMap<(String, u64), Prompts>;
+
+/// The tables of a sweep; differences are from the cells of `reference`. Empty without a score.
+pub fn report(cells: &[Cell], reference: &[&Cell], reward: &str) -> String {
+    let score = |cell: &Cell| cell.scores.get(reward).copied().flatten();
+    let plain: HashMap<(usize, u64), f64> =
+        reference.iter().filter_map(|c| Some(((c.prompt_index, c.seed), score(c)?))).collect();
+    let is_reference = |c: &Cell| reference.iter().any(|r| r.key() == c.key());
+    let mut means = Rows::new();
+    let mut differences = Rows::new();
     for cell in cells {
         let Ok(caption) = Caption::parse(&cell.prompt) else { continue };
-        let Some(Some(score)) = cell.scores.get(reward) else { continue };
-        let row = rows.entry((cell.requested().to_owned(), cell.budget)).or_default();
-        let values = row.entry(cell.prompt_index).or_insert((caption.category(), Vec::new()));
-        values.1.push(*score);
+        let Some(score) = score(cell) else { continue };
+        let put = |rows: &mut Rows, value: f64| {
+            let row = rows.entry((cell.requested().to_owned(), cell.budget)).or_default();
+            let prompt = row.entry(cell.prompt_index);
+            prompt.or_insert_with(|| (caption.category(), Vec::new())).1.push(value);
+        };
+        put(&mut means, score);
+        if let Some(plain) = plain.get(&(cell.prompt_index, cell.seed))
+            && !is_reference(cell)
+        {
+            put(&mut differences, score - plain);
+        }
     }
-    if rows.is_empty() {
-        return String::new();
+    let distances = distances(cells);
+    let mut out = String::new();
+    for (title, rows, signed) in [
+        (reward.to_owned(), &means, false),
+        (format!("{reward}, difference"), &differences, true),
+        ("distance between seeds".to_owned(), &distances, false),
+    ] {
+        if !rows.is_empty() {
+            let gap = if out.is_empty() { "" } else { "\n" };
+            out = format!("{out}{gap}{}", table(&title, rows, signed));
+        }
     }
+    out
+}
+
+/// Distances of the images of a prompt with different seeds, each pair of them.
+fn distances(cells: &[Cell]) -> Rows {
+    type Thumbnails<'a> = BTreeMap<(String, u64), BTreeMap<usize, (Category, Vec<&'a str>)>>;
+    let mut thumbnails = Thumbnails::new();
+    for cell in cells {
+        let Ok(caption) = Caption::parse(&cell.prompt) else { continue };
+        let Some(thumbnail) = &cell.thumbnail else { continue };
+        let row = thumbnails.entry((cell.requested().to_owned(), cell.budget)).or_default();
+        let prompt = row.entry(cell.prompt_index);
+        prompt.or_insert_with(|| (caption.category(), Vec::new())).1.push(thumbnail);
+    }
+    let mut rows = Rows::new();
+    for (name, row) in thumbnails {
+        for (prompt, (category, images)) in row {
+            let pairs = (0..images.len()).flat_map(|a| (0..a).map(move |b| (a, b)));
+            let apart = pairs.filter_map(|(a, b)| thumbnail::distance(images[a], images[b]));
+            let apart: Vec<f64> = apart.collect();
+            if !apart.is_empty() {
+                rows.entry(name.clone()).or_default().insert(prompt, (category, apart));
+            }
+        }
+    }
+    rows
+}
+
+/// One row per method and budget, one column per category and one for all.
+fn table(title: &str, rows: &Rows, signed: bool) -> String {
     let names: Vec<&str> = Category::ALL.iter().map(|c| c.word()).chain(["all"]).collect();
-    let mut out = format!("{reward} | {}\n", names.join(" | "));
-    out.push_str(&format!("--- |{}\n", " ---: |".repeat(names.len()).trim_end_matches('|')));
+    let mut out = format!("| {title} | {} |\n", names.join(" | "));
+    out.push_str(&format!("| --- |{}\n", " ---: |".repeat(names.len())));
     for ((method, budget), row) in rows {
         let columns = Category::ALL.iter().map(Some).chain([None]).map(|category| {
             let of = |c: Category| category.is_none_or(|wanted| *wanted == c);
             let clusters: Vec<Vec<f64>> =
                 row.values().filter(|(c, _)| of(*c)).map(|(_, values)| values.clone()).collect();
-            match Bootstrap::new(clusters.len()).estimate(&clusters) {
-                None => "–".to_owned(),
-                Some(e) => match e.interval {
-                    Some((low, high)) => format!("{:.3} [{low:.3}, {high:.3}]", e.mean),
-                    None => format!("{:.3}", e.mean),
-                },
-            }
+            let estimate = Bootstrap::new(clusters.len()).estimate(&clusters);
+            estimate.map_or_else(|| "–".to_owned(), |e| shown(&e, signed))
         });
         let columns: Vec<String> = columns.collect();
-        out.push_str(&format!("{method} @ {budget} | {}\n", columns.join(" | ")));
+        out.push_str(&format!("| {method} @ {budget} | {} |\n", columns.join(" | ")));
     }
     out
+}
+
+fn shown(estimate: &Estimate, signed: bool) -> String {
+    let number = |v: f64| if signed { format!("{v:+.3}") } else { format!("{v:.3}") };
+    let mean = number(estimate.mean);
+    match estimate.interval {
+        Some((low, high)) => format!("{mean} [{}, {}]", number(low), number(high)),
+        None => mean,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cell(method: &str, prompt: (usize, &str), seed: u64, judge: f64, grey: u8) -> Cell {
+        let image = image::RgbImage::from_pixel(16, 16, image::Rgb([grey; 3]));
+        Cell {
+            method: method.into(),
+            budget: 100,
+            prompt: prompt.1.into(),
+            prompt_index: prompt.0,
+            seed,
+            scores: BTreeMap::from([("judge".into(), Some(judge))]),
+            thumbnail: Some(thumbnail::of(&image)),
+            ..Cell::default()
+        }
+    }
+
+    #[test]
+    fn means_differences_and_distances_by_category() {
+        let (color, number) = ((0, "a red circle and a blue square"), (1, "three red circles"));
+        let mut cells = Vec::new();
+        for (prompt, plain) in [(color, 0.5), (number, 0.25)] {
+            for seed in [0, 1] {
+                cells.push(cell("plain", prompt, seed, plain, 51 * seed as u8));
+                cells.push(cell("plain@a", prompt, seed, plain + 0.25, 0));
+            }
+        }
+        let reference: Vec<&Cell> = cells.iter().filter(|c| c.method == "plain").collect();
+        let report = report(&cells, &reference, "judge");
+        let row = |title: &str, name: &str| -> Vec<String> {
+            let from = report.find(&format!("| {title} |")).unwrap();
+            let line = report[from..].lines().find(|l| l.starts_with(&format!("| {name} @ 100")));
+            let cells = line.unwrap().split('|').map(|c| c.trim().to_owned());
+            cells.filter(|c| !c.is_empty()).skip(1).collect()
+        };
+        // color, shape, texture, spatial, numeracy, complex, all
+        let plain = row("judge", "plain");
+        assert_eq!((plain[0].as_str(), plain[4].as_str()), ("0.500", "0.250"));
+        assert_eq!((plain[1].as_str(), plain[6].as_str()), ("–", "0.375 [0.250, 0.500]"));
+        let gain = row("judge, difference", "plain@a");
+        assert_eq!((gain[0].as_str(), gain[6].as_str()), ("+0.250", "+0.250 [+0.250, +0.250]"));
+        assert_eq!(row("distance between seeds", "plain")[6], "0.200 [0.200, 0.200]");
+        assert_eq!(row("distance between seeds", "plain@a")[6], "0.000 [0.000, 0.000]");
+    }
 }

@@ -70,7 +70,6 @@ impl Summary {
     /// Summarises the cells of `manifest`'s grid.
     #[must_use]
     pub fn build(manifest: &Manifest, cells: &[Cell]) -> Self {
-        let config = &manifest.config;
         let rewards = rewards(manifest, cells);
         let prompts: Vec<usize> =
             cells.iter().map(|c| c.prompt_index).collect::<BTreeSet<_>>().into_iter().collect();
@@ -78,21 +77,9 @@ impl Summary {
             prompts.iter().enumerate().map(|(i, &p)| (p, i)).collect();
         let bootstrap = Bootstrap::new(prompts.len());
 
-        let place = |c: &Cell| {
-            let method = config.methods.iter().position(|m| m == c.requested());
-            (method, c.budget, c.infeasible.is_none() && c.requested_method.is_some())
-        };
-        let mut groups: BTreeMap<_, Vec<&Cell>> = BTreeMap::new();
-        for cell in cells {
-            groups.entry(place(cell)).or_default().push(cell);
-        }
+        let groups = groups(manifest, cells);
         let reference_budget = reference(manifest, groups.values());
-        let reference: Vec<&Cell> = groups
-            .values()
-            .flatten()
-            .filter(|c| is_plain(c) && Some(c.budget) == reference_budget)
-            .copied()
-            .collect();
+        let reference = reference_cells(manifest, cells);
 
         let rows = groups
             .values()
@@ -127,6 +114,28 @@ impl Summary {
             .collect();
         Self { rewards, rows, reference_budget }
     }
+}
+
+/// The cells by method asked for, budget, and whether plain sampling stood in.
+fn groups<'a>(
+    manifest: &Manifest,
+    cells: &'a [Cell],
+) -> BTreeMap<(Option<usize>, u64, bool), Vec<&'a Cell>> {
+    let mut groups: BTreeMap<_, Vec<&Cell>> = BTreeMap::new();
+    for cell in cells {
+        let method = manifest.config.methods.iter().position(|m| m == cell.requested());
+        let stood_in = cell.infeasible.is_none() && cell.requested_method.is_some();
+        groups.entry((method, cell.budget, stood_in)).or_default().push(cell);
+    }
+    groups
+}
+
+/// The cells of plain sampling that differences are taken against.
+pub(super) fn reference_cells<'a>(manifest: &Manifest, cells: &'a [Cell]) -> Vec<&'a Cell> {
+    let groups = groups(manifest, cells);
+    let budget = reference(manifest, groups.values());
+    let all = groups.into_values().flatten();
+    all.filter(|c| is_plain(c) && Some(c.budget) == budget).collect()
 }
 
 fn row(group: &[&Cell], ran: &[&Cell], scores: Vec<Score>, is_reference: bool) -> Row {

@@ -9,6 +9,7 @@ use super::cell::{Cell, CellStore};
 use super::manifest::{Manifest, SweepConfig};
 use super::progress::Ticker;
 use super::report;
+use super::thumbnail;
 use crate::engine::request::{GenerateRequest, Generation};
 use crate::engine::{Backend, CancelToken};
 use crate::{Error, Result};
@@ -283,6 +284,7 @@ fn fill(cell: &mut Cell, generation: Generation) -> Result<()> {
     cell.stages = generation.cost.actual.seconds;
     cell.steps = generation.resolved.steps;
     cell.params = generation.resolved.method;
+    cell.thumbnail = Some(thumbnail::of(&image.pixels));
     cell.scores = image
         .scores
         .into_iter()

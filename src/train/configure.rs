@@ -71,6 +71,7 @@ impl From<Method> for Settings {
             rank: 16,
             alpha: None,
             targets: TARGETS.map(String::from).to_vec(),
+            adapter: None,
             recompute: false,
             lr: if rlhf { 1e-4 } else { 3e-4 },
             beta1: 0.9,
@@ -270,6 +271,11 @@ impl Settings {
         if let Some((key, value)) = from_zero.iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
             return Err(Error::invalid(*key, format!("expected a number from 0, got {value}")));
         }
+        if self.train == Trained::Full && self.adapter.is_some() {
+            let message = "all weights begin with the checkpoint's: merge the adapter into it \
+                           (ds-train export --adapter)";
+            return Err(Error::invalid("adapter", message));
+        }
         if self.t_min > self.t_max {
             let message = format!("{} is above t_max, {}", self.t_min, self.t_max);
             return Err(Error::invalid("t_min", message));
@@ -358,6 +364,7 @@ mod tests {
         settings.validation_data = settings.data.clone();
         settings.prompts = Settings::from(Method::Rlhf).prompts;
         (settings.resolution, settings.alpha) = (Some(1), Some(1.0));
+        settings.adapter = text();
         let keys: BTreeSet<String> = settings.table()?.into_iter().map(|(k, _)| k).collect();
         assert_eq!(keys, known()?.into_iter().collect());
         Ok(())

@@ -73,6 +73,9 @@ pub struct Flags {
     /// Endings of the names of the modules that get adapters, comma-separated [lora]
     #[arg(long, env = "DS_TRAIN_TARGETS", value_delimiter = ',', value_name = "LIST")]
     pub targets: Option<Vec<String>>,
+    /// Adapter file to begin with, of the same rank and targets; in rlhf it is the reference [lora; default: a new one]
+    #[arg(long, env = "DS_TRAIN_ADAPTER", value_name = "FILE")]
+    pub adapter: Option<String>,
     /// Compute every block anew in the backward pass: less memory, a forward pass more
     #[arg(long, env = "DS_TRAIN_RECOMPUTE", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub recompute: Option<bool>,

@@ -16,7 +16,7 @@ use super::pass::Policy;
 use super::progress::{Glance, RunProgress};
 use super::resume::same;
 use super::score::{Scorer, Scores};
-use super::settings::{ExportFormat, ExportType, Settings};
+use super::settings::{ExportFormat, ExportType, Method, Settings};
 use super::setup::Setup;
 use super::sharpen::{Models, Report, Sharpening};
 use super::trainable::Trainable;
@@ -118,12 +118,15 @@ impl<'a> Run<'a> {
         let found = checkpoints.load(|before| same(before, &table, settings))?;
         let base = setup.base();
         let trainable = Trainable::new(folder, settings)?;
+        let begun = settings.adapter.as_deref().filter(|_| found.is_none());
+        begun.map(|path| trainable.begin_with(folder, Path::new(path))).transpose()?;
+        let other_reference = begun.is_some() && setup.method == Method::Rlhf;
         let mut state = State {
             optimizer: AdamW::new(&trainable.vars, settings.optimizer())?,
             ema: (settings.ema > 0.0)
                 .then(|| Ema::new(&trainable.vars, settings.ema))
                 .transpose()?,
-            reference: None,
+            reference: other_reference.then(|| trainable.copies()).transpose()?,
             scorer: Scorer::new(&setup.rewards, settings)?,
             feed: Feed::open(setup, &base.0, cancel, quiet)?,
             progress: Progress::default(),

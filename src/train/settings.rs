@@ -200,6 +200,9 @@ pub struct Settings {
     pub alpha: Option<f64>,
     /// Endings of the names of the modules that get adapters.
     pub targets: Vec<String>,
+    /// An adapter file whose values the run begins with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<String>,
     /// Blocks are computed anew in the backward pass.
     pub recompute: bool,
 

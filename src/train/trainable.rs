@@ -1,6 +1,7 @@
 //! The weights that a run changes, and the networks that use them.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use candle_core::{DType, Tensor, Var};
 use rand_distr::{Distribution, StandardNormal};
@@ -176,6 +177,29 @@ impl Trainable {
             Kind::Lora { .. } => Ok(Some(self.adapter(values)?.into())),
             Kind::Full { .. } => Ok(None),
         }
+    }
+
+    /// Gives the variables the values of an adapter file.
+    ///
+    /// # Errors
+    /// Names the file, and its first module that is missing, surplus or of another rank.
+    pub fn begin_with(&self, folder: &ModelFolder, path: &Path) -> Result<()> {
+        let Kind::Lora { scale } = self.kind else {
+            return Err(Error::invalid("adapter", "full fine-tuning has none"));
+        };
+        let names = folder.adapter_names();
+        let found = Adapters::read(path, &names, DType::F32, folder.device())?;
+        if found.text.iter().any(|text| !text.is_empty()) {
+            return Err(Error::file(path, "adapts text encoders, which are not trained here"));
+        }
+        let mut values = BTreeMap::new();
+        for (module, LowRank { down, up, scale: own }) in found.unet.iter() {
+            values.insert(format!("{module}.{DOWN}"), down.clone());
+            values.insert(format!("{module}.{UP}"), (up * (own / scale))?);
+        }
+        self.load(&values).map_err(|e| {
+            Error::file(path, format!("does not fit the settings rank and targets: {e}"))
+        })
     }
 
     /// Gives the variables these values.
