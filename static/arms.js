@@ -287,6 +287,7 @@ export class Form {
     if (Array.isArray(schema.enum)) return schema.enum.find((v) => String(v) === text);
     if (schema.type === "boolean") return text === "true";
     if (schema.type === "integer" || schema.type === "number") return number(text);
+    if (schema.type === "array") return text.split(",").map((v) => number(v) ?? v.trim());
     return text;
   }
 }

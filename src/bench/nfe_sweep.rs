@@ -226,6 +226,12 @@ fn model(id: Option<&str>, backend: &dyn Backend) -> Result<crate::engine::reque
     })
 }
 
+/// Names in the text of a reward or an ensemble of several.
+fn members(text: &str) -> Vec<&str> {
+    let list = text.strip_suffix(')').and_then(|t| t.split_once('(')).map_or(text, |(_, l)| l);
+    list.split('+').map(|part| part.split_once(':').map_or(part, |(name, _)| name).trim()).collect()
+}
+
 /// The searched and the held-out reward.
 fn rewards(
     reward: Option<String>,
@@ -233,7 +239,8 @@ fn rewards(
     known: &[Listing],
 ) -> Result<(String, Option<String>)> {
     let names = || known.iter().map(|k| k.name.clone());
-    if let Some(name) = &reward {
+    // Of an ensemble every member.
+    for name in reward.iter().flat_map(|text| members(text)) {
         check("reward", "reward", name, known)?;
     }
     if let Some(name) = held_out.as_ref().filter(|name| *name != "none") {
@@ -251,13 +258,13 @@ fn rewards(
     };
     let held_out = match held_out {
         Some(name) if name == "none" => None,
-        Some(name) if name == searched => {
+        Some(name) if members(&searched).contains(&name.as_str()) => {
             return Err(Error::invalid("held_out", format!("{name} is the searched reward")));
         }
         Some(name) => Some(name),
         None => names()
-            .find(|n| n == JUDGE && *n != searched)
-            .or_else(|| names().find(|n| *n != searched)),
+            .find(|n| n == JUDGE && !members(&searched).contains(&n.as_str()))
+            .or_else(|| names().find(|n| !members(&searched).contains(&n.as_str()))),
     };
     Ok((searched, held_out))
 }

@@ -56,3 +56,10 @@ pub struct Budget {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub y: Option<u64>,
 }
+
+impl Budget {
+    /// Whether it bounds anything.
+    pub fn bounds(&self) -> bool {
+        self.f.or(self.v).or(self.y).is_some()
+    }
+}

@@ -33,12 +33,12 @@ impl Euler {
 }
 
 /// sqrt(abar) at a noise level: the scale from sigma coordinates to the network input.
-pub(super) fn input_scale(sigma: f64) -> f64 {
+pub(crate) fn input_scale(sigma: f64) -> f64 {
     1.0 / (sigma * sigma + 1.0).sqrt()
 }
 
 /// x0 from a state in sigma coordinates.
-pub(super) fn x0_at(
+pub(crate) fn x0_at(
     kind: PredictionType,
     sigma: f64,
     x: &Tensor,

@@ -121,19 +121,35 @@ impl Trajectory<'_> {
     /// # Errors
     /// `Error::Budget`, `Error::Cancelled`, the model's.
     pub fn evaluate(&self, x: &Tensor, t: f64, rows: &[Row]) -> Result<Tensor> {
-        let size = self.micro_batch.max(1);
-        let mut parts = Vec::with_capacity(rows.len().div_ceil(size));
-        for (i, rows) in rows.chunks(size).enumerate() {
-            self.cancel.check()?;
-            let cond: Vec<_> = rows.iter().map(|row| row.cond).collect();
-            let t = Tensor::full(t as f32, rows.len(), x.device())?;
-            let part = x.narrow(0, i * size, rows.len())?.contiguous()?;
-            parts.push(self.denoiser.predict(&part, &t, &cond)?);
-        }
-        match parts.len() {
-            1 => Ok(parts.remove(0)),
-            _ => Ok(Tensor::cat(&parts, 0)?),
-        }
+        let cond: Vec<_> = rows.iter().map(|row| row.cond).collect();
+        evaluate(&self.denoiser, x, t, &cond, self.micro_batch, self.cancel)
+    }
+}
+
+/// Guided prediction at one timestep for every row of `x`, scaled network input [B, C, h, w],
+/// in micro-batches.
+///
+/// # Errors
+/// `Error::Budget`, `Error::Cancelled`, the model's.
+pub fn evaluate(
+    denoiser: &MeteredDenoiser,
+    x: &Tensor,
+    t: f64,
+    cond: &[&Conditioning],
+    micro_batch: usize,
+    cancel: &CancelToken,
+) -> Result<Tensor> {
+    let size = micro_batch.max(1);
+    let mut parts = Vec::with_capacity(cond.len().div_ceil(size));
+    for (i, cond) in cond.chunks(size).enumerate() {
+        cancel.check()?;
+        let t = Tensor::full(t as f32, cond.len(), x.device())?;
+        let part = x.narrow(0, i * size, cond.len())?.contiguous()?;
+        parts.push(denoiser.predict(&part, &t, cond)?);
+    }
+    match parts.len() {
+        1 => Ok(parts.remove(0)),
+        _ => Ok(Tensor::cat(&parts, 0)?),
     }
 }
 

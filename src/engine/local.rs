@@ -224,6 +224,7 @@ impl<'a> Run<'a> {
             micro_batch,
             cancel: self.cancel,
             on_event: &mut on_event,
+            failed_scores: 0,
         };
         let outcome =
             self.resolution.method.run(&self.resolution.plan, &mut env, &NoiseKey { seed })?;

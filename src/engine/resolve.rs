@@ -10,6 +10,7 @@ use super::request::{BudgetRequest, GenerateRequest, MethodRequest, Resolved};
 use crate::diffusion::cost::{Budget, Units};
 use crate::diffusion::denoiser::NoiseModel;
 use crate::diffusion::solver::SolverKind;
+use crate::rewards::ensemble::Ensemble;
 use crate::search::{EnvSpec, Plan, SearchMethod, method};
 use crate::{Error, Result};
 
@@ -58,8 +59,11 @@ pub fn resolve(
         model.adapter(adapter)?;
     }
     let reward = match &request.reward {
-        Some(name) => Some(model.rewards.get(name)?.name().to_owned()),
-        None if method.needs_reward() => model.rewards.names().next().map(str::to_owned),
+        Some(text) => Some(Ensemble::parse(text, &model.rewards)?),
+        None if method.needs_reward() => {
+            let first = model.rewards.names().next();
+            first.map(|name| Ensemble::parse(name, &model.rewards)).transpose()?
+        }
         None => None,
     };
     let budget = match request.budget {
@@ -67,18 +71,17 @@ pub fn resolve(
         Some(BudgetRequest::Forwards(f)) => Budget { f: Some(f), ..Budget::default() },
         Some(BudgetRequest::Full(budget)) => budget,
     };
-    let calls = |searched: bool| -> u64 {
-        let of = model.rewards.iter().filter(|r| (Some(r.name()) == reward.as_deref()) == searched);
-        of.map(|r| r.external_calls()).sum()
-    };
+    let search_calls = reward.as_ref().map_or(0, Ensemble::external_calls);
+    let all_calls: u64 = model.rewards.iter().map(|r| r.external_calls()).sum();
     let spec = EnvSpec {
         steps: steps as usize,
         solver,
         forwards_per_eval: if guidance_scale == 1.0 { 1 } else { 2 },
+        last_step_branches: model.schedule.final_abar() < 1.0,
         searches: reward.is_some(),
         reports: !model.rewards.is_empty(),
-        search_calls: calls(true),
-        report_calls: calls(false),
+        search_calls,
+        report_calls: all_calls - search_calls,
     };
     let plan = method.plan(&params, &spec, &budget)?;
     let mut effective = Map::from_iter([("name".to_owned(), json!(plan.method))]);
@@ -97,7 +100,7 @@ pub fn resolve(
         guidance_rescale,
         solver: solver.name().to_owned(),
         n,
-        reward,
+        reward: reward.map(|ensemble| ensemble.name()),
         budget,
         output_format: request.output_format.unwrap_or_default(),
     };

@@ -1,5 +1,6 @@
 //! Rewards: images and prompts in, one number per image out.
 
+pub mod ensemble;
 pub mod judge;
 pub mod registry;
 pub mod scene_clip;

@@ -1,37 +1,37 @@
 //! The metered handle through which methods reach rewards.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use image::RgbImage;
 
+use super::RewardSet;
+use super::ensemble::{Ensemble, Marks};
 use super::set::checked;
-use super::{Reward, RewardSet};
 use crate::Result;
 use crate::diffusion::cost::Units;
 use crate::diffusion::meter::Meter;
 
-/// Scores with the searched reward while searching, and with all others once, on the
+/// Scores with the searched rewards while searching, and with all others once, on the
 /// image that is returned. V counts images, not rewards.
 #[derive(Clone)]
 pub struct MeteredVerifier<'a> {
     set: &'a RewardSet,
-    searched: Option<Arc<dyn Reward>>,
+    searched: Option<Ensemble>,
     meter: &'a Meter,
 }
 
 impl<'a> MeteredVerifier<'a> {
-    /// `searched`: the reward that a search maximises.
+    /// `searched`: the reward or ensemble that a search maximises.
     ///
     /// # Errors
-    /// `Error::Unknown` when the set lacks it.
+    /// As [`Ensemble::parse`].
     pub fn new(set: &'a RewardSet, searched: Option<&str>, meter: &'a Meter) -> Result<Self> {
-        let searched = searched.map(|name| set.get(name).cloned()).transpose()?;
+        let searched = searched.map(|text| Ensemble::parse(text, set)).transpose()?;
         Ok(Self { set, searched, meter })
     }
 
-    pub fn searched(&self) -> Option<&str> {
-        self.searched.as_ref().map(|reward| reward.name())
+    pub fn searched(&self) -> Option<&Ensemble> {
+        self.searched.as_ref()
     }
 
     /// Whether a returned image is scored at all.
@@ -39,44 +39,51 @@ impl<'a> MeteredVerifier<'a> {
         !self.set.is_empty()
     }
 
-    /// L of scoring one image with the searched reward.
+    /// L of scoring one image with the searched rewards.
     pub fn search_calls(&self) -> u64 {
-        self.searched.as_ref().map_or(0, |reward| reward.external_calls())
+        self.searched.as_ref().map_or(0, Ensemble::external_calls)
     }
 
     /// L of scoring one image with all other rewards.
     pub fn report_calls(&self) -> u64 {
-        let others = self.set.iter().filter(|reward| Some(reward.name()) != self.searched());
-        others.map(|reward| reward.external_calls()).sum()
+        let all: u64 = self.set.iter().map(|reward| reward.external_calls()).sum();
+        all - self.search_calls()
     }
 
-    /// A score of the searched reward such that higher is better.
-    pub fn orient(&self, score: f64) -> f64 {
-        if self.searched.as_ref().is_none_or(|reward| reward.higher_is_better()) {
-            score
-        } else {
-            -score
+    /// What the searched rewards say of each image; nothing without one. Costs one V per image.
+    ///
+    /// # Errors
+    /// `Error::Budget` before running, or a reward's.
+    pub fn score(&self, images: &[RgbImage], prompt: &str) -> Result<Vec<Marks>> {
+        let Some(ensemble) = &self.searched else {
+            return Ok(vec![Vec::new(); images.len()]);
+        };
+        let n = images.len() as u64;
+        let l = n * ensemble.external_calls();
+        self.meter.reserve(Units { v: n, l, ..Units::default() })?;
+        let prompts = vec![prompt; images.len()];
+        self.meter.time("reward", || ensemble.score(images, &prompts))
+    }
+
+    /// Candidates' values by their marks: higher is better, -inf where scoring failed.
+    pub fn values(&self, marks: &[Marks]) -> Vec<f64> {
+        match &self.searched {
+            Some(ensemble) => ensemble.values(marks),
+            None => vec![f64::NEG_INFINITY; marks.len()],
         }
     }
 
-    /// Scores of the searched reward as it gives them; NaN for all without one.
-    /// Costs one V per image.
-    ///
-    /// # Errors
-    /// `Error::Budget` before running, or the reward's.
-    pub fn score(&self, images: &[RgbImage], prompt: &str) -> Result<Vec<f64>> {
-        let Some(reward) = &self.searched else {
-            return Ok(vec![f64::NAN; images.len()]);
-        };
-        let n = images.len() as u64;
-        let l = n * reward.external_calls();
-        self.meter.reserve(Units { v: n, l, ..Units::default() })?;
-        let prompts = vec![prompt; images.len()];
-        self.meter.time("reward", || checked(reward.as_ref(), images, &prompts))
+    /// A value as the reward gives it, where it is but one, NaN where scoring failed.
+    pub fn score_of(&self, value: f64, marks: &Marks) -> f64 {
+        match marks[..] {
+            [mark] => mark,
+            _ if value.is_finite() => value,
+            _ => f64::NAN,
+        }
     }
 
-    /// Scores of every reward on the returned image. `known`: its score by the searched
-    /// reward, if the search has it; then no V is charged, as V counts images.
+    /// Scores of every reward on the returned image. `known`: what the searched rewards say of
+    /// it, if a search has it; then no V is charged, as V counts images.
     ///
     /// # Errors
     /// `Error::Budget` before running, or a reward's.
@@ -84,16 +91,14 @@ impl<'a> MeteredVerifier<'a> {
         &self,
         image: &RgbImage,
         prompt: &str,
-        known: Option<f64>,
+        known: &Marks,
     ) -> Result<BTreeMap<String, f64>> {
-        let known = self.searched().zip(known);
-        let mut scores = BTreeMap::new();
-        if let Some((name, score)) = known {
-            scores.insert(name.to_owned(), score);
-        }
+        let members = self.searched.iter().flat_map(|ensemble| ensemble.members());
+        let mut scores: BTreeMap<String, f64> =
+            members.zip(known).map(|(reward, mark)| (reward.name().to_owned(), *mark)).collect();
         let rest: Vec<_> =
             self.set.iter().filter(|reward| !scores.contains_key(reward.name())).collect();
-        let v = u64::from(known.is_none() && !rest.is_empty());
+        let v = u64::from(known.is_empty() && !rest.is_empty());
         let l = rest.iter().map(|reward| reward.external_calls()).sum();
         self.meter.reserve(Units { v, l, ..Units::default() })?;
         for reward in rest {

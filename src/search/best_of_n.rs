@@ -5,10 +5,10 @@ use serde_json::{Map, Value, json};
 use super::best::Best;
 use super::env::{EnvSpec, Kernel, SearchEnv};
 use super::method::{Outcome, Plan, SearchMethod};
-use super::params::{Params, describe};
-use crate::diffusion::cost::{Budget, Units};
+use super::params::{Params, entry, largest, one_of};
+use crate::Result;
+use crate::diffusion::cost::Budget;
 use crate::diffusion::noise::NoiseKey;
-use crate::{Error, Result};
 
 /// Candidates without a parameter and without a budget.
 const DEFAULT_CANDIDATES: u64 = 4;
@@ -31,15 +31,6 @@ fn choice(params: &Map<String, Value>) -> Result<Choice> {
     })
 }
 
-/// The most candidates that fit; at least 1, which `Plan::new` refuses when it does not.
-fn affordable(budget: &Budget, one: Units) -> Option<u64> {
-    [(budget.f, one.f), (budget.v, one.v), (budget.y, one.y)]
-        .into_iter()
-        .filter_map(|(bound, one)| bound.map(|bound| bound / one.max(1)))
-        .min()
-        .map(|n| n.clamp(1, MOST_CANDIDATES))
-}
-
 impl SearchMethod for BestOfN {
     fn name(&self) -> &'static str {
         "best-of-n"
@@ -53,8 +44,8 @@ impl SearchMethod for BestOfN {
         let candidates = "N; absent: what the budget affords, or 4 without a budget";
         let kernel = "ode: the request's solver; sde: DDIM with eta 1";
         Map::from_iter([
-            ("candidates".to_owned(), describe("integer", Value::Null, candidates)),
-            ("kernel".to_owned(), describe("string", json!("ode"), kernel)),
+            entry("candidates", "integer", Value::Null, candidates),
+            one_of("kernel", &Kernel::OPTIONS, kernel),
         ])
     }
 
@@ -64,11 +55,12 @@ impl SearchMethod for BestOfN {
 
     fn plan(&self, params: &Map<String, Value>, spec: &EnvSpec, budget: &Budget) -> Result<Plan> {
         let Choice { kernel, candidates } = choice(params)?;
-        if !spec.searches {
-            return Err(Error::invalid("reward", "best-of-n needs a reward to search for"));
-        }
+        spec.needs_search(self.name())?;
         let cost = |n: u64| spec.cost(n * spec.trajectory_f(kernel), n);
-        let n = candidates.or(affordable(budget, cost(1))).unwrap_or(DEFAULT_CANDIDATES);
+        // One that does not fit is refused with the numbers.
+        let affordable =
+            largest(1..=MOST_CANDIDATES, budget, cost).or(budget.bounds().then_some(1));
+        let n = candidates.or(affordable).unwrap_or(DEFAULT_CANDIDATES);
         let params = Map::from_iter([
             ("candidates".to_owned(), json!(n)),
             ("kernel".to_owned(), json!(kernel.name())),
@@ -81,9 +73,8 @@ impl SearchMethod for BestOfN {
         let mut best = Best::default();
         for candidates in env.chunks(0..candidates.unwrap_or(1)) {
             let latents = env.sample(key, kernel, &candidates)?;
-            let images = env.decoder.decode(&latents)?;
-            let scores = env.verifier.score(&images, env.prompt)?;
-            best.offer(env, &latents, images, &scores)?;
+            let judged = env.judge(&latents)?;
+            best.offer(env, &latents, judged)?;
         }
         best.finish(env)
     }

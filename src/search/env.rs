@@ -1,18 +1,20 @@
 //! Everything a method may touch while it runs, all of it metered.
 
 use candle_core::Tensor;
+use image::RgbImage;
 use serde_json::Value;
 
-use crate::Result;
 use crate::diffusion::cost::Units;
 use crate::diffusion::denoiser::Conditioning;
 use crate::diffusion::meter::{Meter, MeteredDecoder, MeteredDenoiser};
-use crate::diffusion::noise::NoiseKey;
+use crate::diffusion::noise::{NoiseKey, Purpose};
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::diffusion::solver::{SolverKind, SolverSpec};
-use crate::diffusion::trajectory::{Row, State, Trajectory};
+use crate::diffusion::trajectory::{Row, State, Trajectory, evaluate};
 use crate::rewards::MeteredVerifier;
+use crate::rewards::ensemble::Marks;
 use crate::util::CancelToken;
+use crate::{Error, Result};
 
 /// What planning needs to know of an environment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub struct EnvSpec {
     pub solver: SolverKind,
     /// U-Net forwards of one guided evaluation: 2 with guidance, else 1.
     pub forwards_per_eval: u64,
+    /// Whether DDIM's last step adds noise where eta is above 0.
+    pub last_step_branches: bool,
     /// Whether there is a reward to search for.
     pub searches: bool,
     /// Whether the returned image is scored (any reward is registered).
@@ -56,11 +60,25 @@ impl Kernel {
 impl EnvSpec {
     /// F of one trajectory.
     pub fn trajectory_f(&self, kernel: Kernel) -> u64 {
+        self.steps_f(kernel, self.steps)
+    }
+
+    /// F of a trajectory of `steps` steps.
+    pub fn steps_f(&self, kernel: Kernel, steps: usize) -> u64 {
         let solver = match kernel {
             Kernel::Ode => self.solver,
             Kernel::Sde => SolverKind::Ddim,
         };
-        solver.evaluations(self.steps) as u64 * self.forwards_per_eval
+        solver.evaluations(steps) as u64 * self.forwards_per_eval
+    }
+
+    /// # Errors
+    /// `Error::Invalid` on "reward" when there is none to search for.
+    pub fn needs_search(&self, method: &str) -> Result<()> {
+        if self.searches {
+            return Ok(());
+        }
+        Err(Error::invalid("reward", format!("{method} needs a reward to search for")))
     }
 
     /// Cost of sampling, decoding and searching `images` with `f` forwards in all, and of
@@ -96,6 +114,17 @@ pub struct SearchEnv<'a> {
     pub micro_batch: usize,
     pub cancel: &'a CancelToken,
     pub on_event: &'a mut dyn FnMut(SearchEvent),
+    /// Scores so far that are no numbers.
+    pub failed_scores: u64,
+}
+
+/// Latents as images, and what the searched rewards say of them.
+#[derive(Clone, Debug)]
+pub struct Judged {
+    pub images: Vec<RgbImage>,
+    pub marks: Vec<Marks>,
+    /// To decide by: higher is better, -inf where scoring failed.
+    pub values: Vec<f64>,
 }
 
 impl<'a> SearchEnv<'a> {
@@ -104,6 +133,7 @@ impl<'a> SearchEnv<'a> {
             steps: self.steps,
             solver: self.solver.kind,
             forwards_per_eval: self.cond.forwards_per_eval(),
+            last_step_branches: self.schedule.final_abar() < 1.0,
             searches: self.verifier.searched().is_some(),
             reports: self.verifier.reports(),
             search_calls: self.verifier.search_calls(),
@@ -133,13 +163,71 @@ impl<'a> SearchEnv<'a> {
         candidates.chunks(self.micro_batch.max(1)).map(<[u64]>::to_vec).collect()
     }
 
+    /// Decodes and scores latents [B, C, h, w], in pieces of the micro-batch. They are the
+    /// candidates of one decision: values may be relative to each other.
+    ///
+    /// # Errors
+    /// `Error::Budget` before running, `Error::Cancelled`, the decoder's and the reward's.
+    pub fn judge(&mut self, latents: &Tensor) -> Result<Judged> {
+        let rows = latents.dim(0)?;
+        let (mut images, mut marks) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
+        for from in (0..rows).step_by(self.micro_batch.max(1)) {
+            self.cancel.check()?;
+            let count = self.micro_batch.max(1).min(rows - from);
+            let part = self.decoder.decode(&latents.narrow(0, from, count)?)?;
+            marks.extend(self.verifier.score(&part, self.prompt)?);
+            images.extend(part);
+        }
+        let values = self.verifier.values(&marks);
+        if self.verifier.searched().is_some() {
+            self.failed_scores += values.iter().filter(|value| !value.is_finite()).count() as u64;
+        }
+        Ok(Judged { images, marks, values })
+    }
+
+    /// Guided prediction for every row of `x`, scaled network input [B, C, h, w], at one
+    /// timestep, in pieces of the micro-batch.
+    ///
+    /// # Errors
+    /// `Error::Budget` before running, `Error::Cancelled`, the model's.
+    pub fn evaluate(&self, x: &Tensor, t: f64) -> Result<Tensor> {
+        let cond = vec![self.cond; x.dim(0)?];
+        evaluate(&self.denoiser, x, t, &cond, self.micro_batch, self.cancel)
+    }
+
+    /// Unit noise of the candidates' initial latents, [candidates, C, h, w].
+    ///
+    /// # Errors
+    /// When the device is out of memory.
+    pub fn initial_noise(&self, key: &NoiseKey, candidates: &[u64]) -> Result<Tensor> {
+        let device = self.denoiser.device();
+        key.normal_rows(Purpose::InitialLatent, 0, candidates, self.latent_shape, device)
+    }
+
     /// Whole trajectories from the candidates' own initial noise: final latents
     /// [candidates, C, h, w].
     ///
     /// # Errors
     /// `Error::Budget` before running, `Error::Cancelled`, the model's.
     pub fn sample(&mut self, key: &NoiseKey, kernel: Kernel, candidates: &[u64]) -> Result<Tensor> {
-        let solver = self.solver_of(kernel).build(self.schedule, self.steps)?;
+        let noise = self.initial_noise(key, candidates)?;
+        self.sample_from(&noise, key, kernel, candidates, self.steps)
+    }
+
+    /// Whole trajectories of `steps` steps from this unit noise [candidates, C, h, w]; a
+    /// stochastic kernel's own noise is the candidates'.
+    ///
+    /// # Errors
+    /// `Error::Budget` before running, `Error::Cancelled`, the model's.
+    pub fn sample_from(
+        &mut self,
+        noise: &Tensor,
+        key: &NoiseKey,
+        kernel: Kernel,
+        candidates: &[u64],
+        steps: usize,
+    ) -> Result<Tensor> {
+        let solver = self.solver_of(kernel).build(self.schedule, steps)?;
         let cond = self.cond;
         let rows: Vec<Row> =
             candidates.iter().map(|c| Row { key: *key, candidate: *c, cond }).collect();
@@ -149,8 +237,7 @@ impl<'a> SearchEnv<'a> {
             micro_batch: self.micro_batch,
             cancel: self.cancel,
         };
-        let noise = trajectory.initial_noise(&rows, self.latent_shape)?;
-        let state = State::start(solver.as_ref(), &noise)?;
+        let state = State::start(solver.as_ref(), noise)?;
         let end = trajectory.run(state, solver.steps(), &rows, &mut |report| {
             (self.on_event)(SearchEvent { spent: report.spent, event: None });
             Ok(())

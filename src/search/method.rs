@@ -21,7 +21,7 @@ pub trait SearchMethod: Send + Sync {
     /// One line for listings.
     fn summary(&self) -> &'static str;
 
-    /// name → {type, default, description}; see `params::describe`.
+    /// name → {type, default, description, enum}; see `params::entry` and `one_of`.
     fn params(&self) -> Map<String, Value>;
 
     /// Whether it needs a reward to search for.

@@ -2,10 +2,21 @@
 
 pub mod best;
 pub mod best_of_n;
+pub mod chain;
+pub mod demon;
+pub mod edm;
 pub mod env;
+pub mod evo_search;
+pub mod fk_steering;
+pub mod free2guide;
 pub mod method;
 pub mod params;
+pub mod paths;
 pub mod plain;
+pub mod step_search;
+pub mod tree_search;
+pub mod weights;
+pub mod zero_order;
 
 use crate::util::Listing;
 use crate::{Error, Result};
@@ -14,7 +25,18 @@ pub use env::{EnvSpec, SearchEnv, SearchEvent};
 pub use method::{Outcome, Plan, SearchMethod};
 
 /// Every sampling method.
-pub static METHODS: &[&dyn SearchMethod] = &[&plain::Plain, &best_of_n::BestOfN];
+pub static METHODS: &[&dyn SearchMethod] = &[
+    &plain::Plain,
+    &best_of_n::BestOfN,
+    &zero_order::ZeroOrder,
+    &paths::Paths,
+    &demon::Demon,
+    &free2guide::Free2Guide,
+    &fk_steering::FkSteering,
+    &step_search::StepSearch,
+    &evo_search::EvoSearch,
+    &tree_search::TreeSearch,
+];
 
 /// # Errors
 /// `Error::Unknown` listing the known names.

@@ -2,11 +2,28 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::diffusion::cost::{Budget, Units};
+use crate::diffusion::meter::fits;
 use crate::{Error, Result};
 
-/// One entry of `SearchMethod::params`.
-pub fn describe(kind: &str, default: Value, description: &str) -> Value {
-    json!({ "type": kind, "default": default, "description": description })
+/// An entry of `SearchMethod::params`.
+pub fn entry(name: &str, kind: &str, default: Value, description: &str) -> (String, Value) {
+    let about = json!({ "type": kind, "default": default, "description": description });
+    (name.to_owned(), about)
+}
+
+/// An entry whose value is one of the `options`; the first is the default.
+pub fn one_of<T>(name: &str, options: &[(&str, T)], description: &str) -> (String, Value) {
+    let names: Vec<&str> = options.iter().map(|(name, _)| *name).collect();
+    let about = json!({
+        "type": "string", "default": names.first(), "enum": names, "description": description,
+    });
+    (name.to_owned(), about)
+}
+
+/// The name of one of the `options`.
+pub fn name_of<T: PartialEq>(options: &[(&'static str, T)], value: &T) -> &'static str {
+    options.iter().find(|(_, option)| option == value).map_or("", |(name, _)| name)
 }
 
 /// A parameter object whose keys are all in `known` (the method's `params()`); the key
@@ -33,6 +50,11 @@ impl<'a> Params<'a> {
 
     fn get(&self, key: &str) -> Option<&'a Value> {
         self.values.get(key).filter(|value| !value.is_null())
+    }
+
+    /// As it was written.
+    pub fn value(&self, key: &str) -> Option<&'a Value> {
+        self.get(key)
     }
 
     /// # Errors
@@ -64,6 +86,31 @@ impl<'a> Params<'a> {
     }
 
     /// # Errors
+    /// `Error::Invalid` unless it is a list of integers in `range`.
+    pub fn integers(
+        &self,
+        key: &str,
+        range: std::ops::RangeInclusive<u64>,
+    ) -> Result<Option<Vec<u64>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let inside = |v: &Value| v.as_u64().filter(|n| range.contains(n));
+        let found = value.as_array().and_then(|all| all.iter().map(inside).collect());
+        found.map(Some).ok_or_else(|| {
+            let (low, high) = (range.start(), range.end());
+            let message = format!("{value} is not a list of integers in {low}..={high}");
+            Error::invalid(field(key), message)
+        })
+    }
+
+    /// # Errors
+    /// `Error::Invalid` unless it is true or false.
+    pub fn boolean(&self, key: &str) -> Result<Option<bool>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let found = value.as_bool().map(Some);
+        found.ok_or_else(|| Error::invalid(field(key), format!("{value} is not true or false")))
+    }
+
+    /// # Errors
     /// `Error::Invalid` unless it is one of the `options`; the default is the first.
     pub fn choice<T: Copy>(&self, key: &str, options: &[(&str, T)]) -> Result<Option<T>> {
         let Some(value) = self.get(key) else { return Ok(None) };
@@ -77,6 +124,29 @@ impl<'a> Params<'a> {
             }
         }
     }
+}
+
+/// The largest number in `range` whose cost fits `budget`, where cost grows with it; none if not
+/// even the smallest does, or if the budget bounds nothing that the cost consists of.
+pub fn largest(
+    range: std::ops::RangeInclusive<u64>,
+    budget: &Budget,
+    cost: impl Fn(u64) -> Units,
+) -> Option<u64> {
+    let fits = |n: u64| fits(budget, cost(n)).is_ok();
+    let (mut low, mut high) = (*range.start(), *range.end());
+    if low > high || !fits(low) || !budget.bounds() {
+        return None;
+    }
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        if fits(middle) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    Some(low)
 }
 
 fn field(key: &str) -> String {

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::best::Best;
 use super::env::{EnvSpec, Kernel, SearchEnv};
 use super::method::{Outcome, Plan, SearchMethod};
-use super::params::{Params, describe};
+use super::params::{Params, one_of};
 use crate::Result;
 use crate::diffusion::cost::Budget;
 use crate::diffusion::noise::NoiseKey;
@@ -30,7 +30,7 @@ impl SearchMethod for Plain {
 
     fn params(&self) -> Map<String, Value> {
         let text = "ode: the request's solver; sde: DDIM with eta 1";
-        Map::from_iter([("kernel".to_owned(), describe("string", json!("ode"), text))])
+        Map::from_iter([one_of("kernel", &Kernel::OPTIONS, text)])
     }
 
     fn needs_reward(&self) -> bool {
@@ -46,10 +46,9 @@ impl SearchMethod for Plain {
 
     fn run(&self, plan: &Plan, env: &mut SearchEnv, key: &NoiseKey) -> Result<Outcome> {
         let latents = env.sample(key, kernel(&plan.params)?, &[0])?;
-        let images = env.decoder.decode(&latents)?;
-        let scores = env.verifier.score(&images, env.prompt)?;
+        let judged = env.judge(&latents)?;
         let mut best = Best::default();
-        best.offer(env, &latents, images, &scores)?;
+        best.offer(env, &latents, judged)?;
         best.finish(env)
     }
 }

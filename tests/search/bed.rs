@@ -203,6 +203,7 @@ impl Bed {
             steps: self.steps,
             solver: self.solver.kind,
             forwards_per_eval: self.cond.forwards_per_eval(),
+            last_step_branches: self.schedule.final_abar() < 1.0,
             searches: self.searched.is_some(),
             reports: !self.rewards.is_empty(),
             search_calls: calls(true),
@@ -245,6 +246,7 @@ impl Bed {
             micro_batch: self.micro_batch,
             cancel: &self.cancel,
             on_event: &mut on_event,
+            failed_scores: 0,
         };
         assert_eq!(env.spec(), self.spec());
         let outcome = search::method(plan.method)?.run(&plan, &mut env, &NoiseKey::new(seed))?;

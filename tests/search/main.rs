@@ -1,7 +1,10 @@
 //! Sampling methods on closed-form models, through the public API.
 
 mod bed;
+mod costs;
 mod gaussian;
+mod laws;
 mod memory;
 mod methods;
+mod reductions;
 mod trajectory;

@@ -1,0 +1,100 @@
+//! Epsilon-greedy search over a step's noise (Ramesh, Mardani 2025, arXiv 2506.03164): rounds of
+//! candidates near the best noise so far, or anywhere.
+
+use candle_core::{Device, Tensor};
+use rand::Rng;
+use serde_json::json;
+
+use crate::Result;
+use crate::diffusion::cost::Units;
+use crate::diffusion::noise::{NoiseKey, Purpose};
+use crate::search::best::Best;
+use crate::search::chain::{Ahead, Chain, repeat};
+use crate::search::env::{EnvSpec, SearchEnv};
+use crate::search::method::Outcome;
+use crate::search::weights::first_max;
+
+/// E = 1 + (T-1) N K, V = Y = (T-1) N K and the image.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EpsGreedy {
+    /// Candidates of a round.
+    pub children: u64,
+    pub rounds: u64,
+    /// Largest step from the pivot, as a share of the noise's norm.
+    pub radius: f64,
+    /// Probability of a candidate anywhere.
+    pub epsilon: f64,
+    /// Whether a candidate near the pivot has the norm of a typical noise.
+    pub renormalise: bool,
+}
+
+impl EpsGreedy {
+    pub fn cost(&self, spec: &EnvSpec, steps: u64) -> Units {
+        let tries = (steps - 1) * self.children * self.rounds;
+        spec.cost((1 + tries) * spec.forwards_per_eval, tries + 1)
+    }
+
+    /// # Errors
+    /// The models'.
+    pub fn run(&self, chain: &Chain, env: &mut SearchEnv, key: &NoiseKey) -> Result<Outcome> {
+        let mut best = Best::default();
+        let last = chain.steps() - 1;
+        let mut ahead = chain.look(env, &env.initial_noise(key, &[0])?, 0)?;
+        for step in 0..last {
+            let (device, shape) = (env.denoiser.device().clone(), env.latent_shape);
+            let draw = |candidate: u64, purpose: Purpose| {
+                key.normal(purpose, step as u64, candidate, shape, &Device::Cpu)
+            };
+            let mut pivot = draw(u64::MAX, Purpose::SearchProposal)?;
+            let mut found: Option<(f64, u64, Ahead)> = None;
+            for round in 0..self.rounds {
+                let candidates = round * self.children..(round + 1) * self.children;
+                let noises = candidates
+                    .clone()
+                    .map(|candidate| {
+                        let mut rng = key.rng(Purpose::SearchSchedule, step as u64, candidate);
+                        if rng.random::<f64>() < self.epsilon {
+                            return draw(candidate, Purpose::SolverNoise);
+                        }
+                        let direction = draw(candidate, Purpose::SearchProposal)?;
+                        self.near(&pivot, &direction, rng.random())
+                    })
+                    .collect::<Result<Vec<_>>>()?;
+                let noise = Tensor::stack(&noises, 0)?.to_device(&device)?;
+                let means = repeat(&ahead.mean, noises.len())?;
+                let children = chain.advance(step, &means, &noise)?;
+                let looks = chain.look(env, &children, step + 1)?;
+                let values = env.judge(&looks.x0)?.values;
+                let (at, value) = first_max(&values);
+                if found.as_ref().is_none_or(|(best, ..)| value > *best) {
+                    pivot = noises[at].clone();
+                    found = Some((value, candidates.start + at as u64, looks.row(at)?));
+                }
+                env.tell(None);
+            }
+            if let Some((value, child, look)) = found {
+                best.note(env, json!({"step": step, "child": child, "estimate": value}));
+                ahead = look;
+            }
+        }
+        let noise = chain.noise(env, key, last, &[0])?;
+        let x = chain.advance(last, &ahead.mean, &noise)?;
+        let judged = env.judge(&x)?;
+        best.offer(env, &x, judged)?;
+        best.finish(env)
+    }
+
+    /// pivot + u radius sqrt(d) direction/|direction|, as long as a typical noise.
+    fn near(&self, pivot: &Tensor, direction: &Tensor, u: f64) -> Result<Tensor> {
+        let norm = |t: &Tensor| -> Result<f64> {
+            Ok(f64::from(t.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt().max(f64::MIN_POSITIVE))
+        };
+        let typical = (pivot.elem_count() as f64).sqrt();
+        let step = u * self.radius * typical / norm(direction)?;
+        let near = (pivot + direction.affine(step, 0.0)?)?;
+        Ok(match self.renormalise {
+            true => near.affine(typical / norm(&near)?, 0.0)?,
+            false => near,
+        })
+    }
+}
