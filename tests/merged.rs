@@ -235,11 +235,13 @@ fn a_conversion_there_and_back_changes_no_bit() {
         let names = model.adapter_names();
         let header = BTreeMap::from(header);
         written.write(&first, &names, LoraFormat::Kohya, DType::F32, &header).unwrap();
-        convert(model_at, &first, &middle, LoraFormat::Diffusers, DType::F32).unwrap();
+        convert(model_at, std::slice::from_ref(&first), &middle, LoraFormat::Diffusers, DType::F32)
+            .unwrap();
         assert!(
             read(&middle).keys().all(|key| key.contains(".lora_") && !key.starts_with("lora_"))
         );
-        convert(model_at, &middle, &last, LoraFormat::Kohya, DType::F32).unwrap();
+        convert(model_at, std::slice::from_ref(&middle), &last, LoraFormat::Kohya, DType::F32)
+            .unwrap();
         let middle = Adapters::read(&middle, &names, DType::F32, &Device::Cpu).unwrap();
         let error = relative_error(&adapted(&model, &middle)[0], &adapted(&model, &written)[0]);
         assert!(error < 1e-6, "{scale}: {error:.1e}");
@@ -282,7 +284,7 @@ fn every_naming_is_converted() {
         let file = fixtures().join("lora").join(format!("{name}.safetensors"));
         let original = Adapters::read(&file, &names, DType::F32, &Device::Cpu).unwrap();
         let out = dir.path().join("out.safetensors");
-        convert(&model, &file, &out, LoraFormat::Kohya, DType::F32).unwrap();
+        convert(&model, std::slice::from_ref(&file), &out, LoraFormat::Kohya, DType::F32).unwrap();
         let back = Adapters::read(&out, &names, DType::F32, &Device::Cpu).unwrap();
         for (ours, theirs) in [
             (&back.unet, &original.unet),
@@ -302,14 +304,55 @@ fn every_naming_is_converted() {
     }
     let file = fixtures().join("lora/kohya.safetensors");
     let out = dir.path().join("out.bin");
-    let error = convert(&model, &file, &out, LoraFormat::Kohya, DType::F32).unwrap_err();
+    let error = convert(&model, std::slice::from_ref(&file), &out, LoraFormat::Kohya, DType::F32)
+        .unwrap_err();
     assert_names(&error.to_string(), &["out", "out.bin", ".safetensors"]);
     let out = dir.path().join("other.safetensors");
-    let error = convert(&tiny(), &file, &out, LoraFormat::Kohya, DType::F32).unwrap_err();
+    let error = convert(&tiny(), std::slice::from_ref(&file), &out, LoraFormat::Kohya, DType::F32)
+        .unwrap_err();
     assert_names(&error.to_string(), &["kohya.safetensors", "unet", "linear_1", "60", "320"]);
     assert!(!out.exists());
     let none = dir.path().join("none.safetensors");
-    let error =
-        convert(&model, &none, &dir.path().join("o.safetensors"), LoraFormat::Kohya, DType::F32);
+    let error = convert(
+        &model,
+        std::slice::from_ref(&none),
+        &dir.path().join("o.safetensors"),
+        LoraFormat::Kohya,
+        DType::F32,
+    );
     assert_names(&error.unwrap_err().to_string(), &["none.safetensors"]);
+}
+
+/// Several adapters become the mean of their matrices; those that differ in shape are refused.
+#[test]
+fn adapters_of_one_run_are_averaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = fixtures().join("parity/ddim_tiny");
+    let model = open(&folder);
+    let names = model.adapter_names();
+    let files: Vec<PathBuf> = (0..3).map(|i| dir.path().join(format!("{i}.safetensors"))).collect();
+    let parts: Vec<Adapters> = (5..8).map(|seed| adapters(&model, seed, 0.5)).collect();
+    for (file, part) in files.iter().zip(&parts) {
+        part.write(file, &names, LoraFormat::Kohya, DType::F32, &BTreeMap::new()).unwrap();
+    }
+    let out = dir.path().join("mean.safetensors");
+    convert(&folder, &files, &out, LoraFormat::Kohya, DType::F32).unwrap();
+    let mean = Adapters::read(&out, &names, DType::F32, &Device::Cpu).unwrap();
+    let mut modules = 0;
+    for (module, found) in mean.unet.iter() {
+        let of = |part: &Adapters| values(&part.unet.get(module).unwrap().up);
+        let all: Vec<_> = parts.iter().map(of).collect();
+        for (i, found) in values(&found.up).into_iter().enumerate() {
+            let expected = (all[0][i] + all[1][i] + all[2][i]) / 3.0;
+            assert!((found - expected).abs() < 1e-6, "{module}: {found} is not {expected}");
+        }
+        modules += 1;
+    }
+    assert!(modules > 3);
+    let other = dir.path().join("other.safetensors");
+    let written = adapters(&model, 9, 0.25);
+    written.write(&other, &names, LoraFormat::Kohya, DType::F32, &BTreeMap::new()).unwrap();
+    let mixed = [files[0].clone(), other];
+    let error = convert(&folder, &mixed, &out, LoraFormat::Kohya, DType::F32).unwrap_err();
+    assert_names(&error.to_string(), &["0.safetensors", "adapted otherwise"]);
 }

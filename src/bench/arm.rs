@@ -4,6 +4,7 @@
 use serde_json::{Map, Value};
 
 use super::manifest::SweepConfig;
+use super::replay;
 use crate::engine::Backend;
 use crate::engine::request::{BudgetRequest, GenerateRequest, MethodRequest};
 use crate::{Error, Result};
@@ -82,6 +83,8 @@ pub enum Arm {
         /// Predicted U-Net forwards.
         f: u64,
     },
+    /// Derived from the candidates of the same method's run at this budget.
+    Replayed(u64),
     /// Nothing can run, and why.
     Infeasible(String),
 }
@@ -92,7 +95,7 @@ impl Arm {
     pub fn f(&self) -> u64 {
         match self {
             Self::Run { f, .. } => *f,
-            Self::Infeasible(_) => 0,
+            Self::Replayed(_) | Self::Infeasible(_) => 0,
         }
     }
 
@@ -200,13 +203,17 @@ impl Planner<'_> {
 
     fn request(&self, method: &MethodSpec) -> GenerateRequest {
         let name = method.name.clone();
+        let mut params = method.params.clone();
+        if self.config.replay && name == replay::METHOD {
+            params.insert("observe".to_owned(), Value::Bool(true));
+        }
         GenerateRequest {
             model: Some(self.config.model.id.clone()),
             adapter: method.adapter.clone().or_else(|| self.config.adapter.clone()),
-            method: Some(if method.params.is_empty() {
+            method: Some(if params.is_empty() {
                 MethodRequest::Name(name)
             } else {
-                MethodRequest::Full { name, params: method.params.clone() }
+                MethodRequest::Full { name, params }
             }),
             guidance_scale: Some(self.config.guidance_scale),
             n: Some(1),

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::replay::Candidates;
 use crate::util::lock;
 use crate::{Error, Result};
 
@@ -45,6 +46,9 @@ pub struct Cell {
     /// The image in small (`thumbnail`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub thumbnail: Option<String>,
+    /// Scores of all candidates, where they are to be replayed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub candidates: Option<Candidates>,
     /// Why nothing ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub infeasible: Option<String>,

@@ -1,6 +1,7 @@
 //! `sweep.json`: what a sweep's folder was computed with, and the refusal to
 //! mix it with anything else.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -16,7 +17,7 @@ use crate::{Error, Result};
 pub const FILE: &str = "sweep.json";
 
 /// Keys of [`SweepConfig`] that only say which cells there are, not what is in them.
-const GRID: [&str; 5] = ["methods", "budgets", "seeds", "prompts", "held_out"];
+const GRID: [&str; 6] = ["methods", "budgets", "seeds", "prompts", "held_out", "replay"];
 
 /// Everything that the cells depend on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,6 +37,9 @@ pub struct SweepConfig {
     pub budgets: Vec<u64>,
     pub seeds: Vec<u64>,
     pub prompts: Vec<String>,
+    /// Whether best-of-n runs at the largest budget alone, and the others are derived.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub replay: bool,
     /// `i/n` when this folder holds only every n-th prompt.
     pub shard: Option<String>,
 }
@@ -68,8 +72,10 @@ impl SweepConfig {
         let as_value =
             |c: &Self| serde_json::to_value(c).map_err(|e| Error::invalid("sweep", e.to_string()));
         let (here, asked) = (as_value(self)?, as_value(asked)?);
-        let keys = here.as_object().into_iter().flatten().map(|(key, _)| key.as_str());
+        let both = [&here, &asked].into_iter().filter_map(Value::as_object);
+        let keys: BTreeSet<&str> = both.flat_map(|map| map.keys().map(String::as_str)).collect();
         Ok(keys
+            .into_iter()
             .filter(|key| here[*key] != asked[*key])
             .filter(|key| !(extend && GRID.contains(key)))
             .map(|key| difference(key, &here[key], &asked[key]))
@@ -135,7 +141,7 @@ impl Manifest {
                         format!(
                             "the folder holds a sweep with another configuration ({}); take \
                              another --out, the same options, or --extend if only methods, \
-                             budgets, seeds, prompts or the held-out reward change",
+                             budgets, seeds, prompts, the held-out reward or replay change",
                             differences.join("; ")
                         ),
                     ));

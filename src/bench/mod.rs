@@ -23,6 +23,7 @@ pub mod plot;
 mod process;
 pub mod progress;
 pub mod remote;
+mod replay;
 pub mod report;
 pub mod scene_report;
 pub mod sharpen_step;

@@ -130,6 +130,11 @@ pub fn configure(args: &Args, backend: &dyn Backend, command: &str) -> Result<Sw
         }
     }
     let (reward, held_out) = rewards(options.reward, options.held_out, &backend.rewards())?;
+    let replay = options.replay.unwrap_or(false);
+    if replay && !replays(&reward, &backend.rewards()) {
+        let message = format!("'{reward}' is no single reward of which more is better");
+        return Err(Error::invalid("replay", message));
+    }
     let (steps, min_steps) = (options.steps.unwrap_or(50), options.min_steps.unwrap_or(10));
     for (field, value) in [("steps", steps), ("min_steps", min_steps)] {
         if value == 0 {
@@ -156,6 +161,7 @@ pub fn configure(args: &Args, backend: &dyn Backend, command: &str) -> Result<Sw
         budgets,
         seeds,
         prompts: list.prompts,
+        replay,
         shard: args.shard.map(|s| s.to_string()),
     };
     Ok(Sweep {
@@ -226,8 +232,14 @@ fn model(id: Option<&str>, backend: &dyn Backend) -> Result<crate::engine::reque
     })
 }
 
+/// Whether candidates are ranked by the score that is kept of them.
+fn replays(reward: &str, known: &[Listing]) -> bool {
+    let listed = known.iter().find(|listing| listing.name == reward);
+    listed.is_some_and(|l| l.params.get("higher_is_better") != Some(&serde_json::json!(false)))
+}
+
 /// Names in the text of a reward or an ensemble of several.
-fn members(text: &str) -> Vec<&str> {
+pub(super) fn members(text: &str) -> Vec<&str> {
     let list = text.strip_suffix(')').and_then(|t| t.split_once('(')).map_or(text, |(_, l)| l);
     list.split('+').map(|part| part.split_once(':').map_or(part, |(name, _)| name).trim()).collect()
 }
@@ -285,6 +297,7 @@ fn describe(sweep: &Sweep, backend: &dyn Backend) -> Result<String> {
         total += arm.f() * images;
         lines.push(match &arm {
             Arm::Infeasible(reason) => format!("{label} at {budget}: not run: {reason}"),
+            Arm::Replayed(from) => format!("{label} at {budget}: derived from {from}"),
             Arm::Run { method, request, f, .. } => {
                 let stands_in = if arm.is_fallback() {
                     format!(" (runs {}: the budget is too small)", method.label)

@@ -114,6 +114,10 @@ pub struct Layer {
     /// Use this server instead of the models here, such as http://127.0.0.1:8080
     #[arg(long, env = "DS_BENCH_URL", value_name = "URL")]
     pub url: Option<String>,
+    /// Run best-of-n at the largest budget alone and derive the smaller ones from its candidates'
+    /// scores: their mean over all choices of fewer candidates
+    #[arg(long, env = "DS_BENCH_REPLAY", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub replay: Option<bool>,
     /// Reward that searches maximise [default: the first that is not the held-out one]
     #[arg(long, env = "DS_BENCH_REWARD", value_name = "NAME")]
     pub reward: Option<String>,
@@ -182,6 +186,7 @@ impl Layer {
             model: self.model.or(below.model),
             adapter: self.adapter.or(below.adapter),
             url: self.url.or(below.url),
+            replay: self.replay.or(below.replay),
             reward: self.reward.or(below.reward),
             held_out: self.held_out.or(below.held_out),
             steps: self.steps.or(below.steps),

@@ -7,6 +7,7 @@ use std::path::Path;
 use super::cell::{self, Cell};
 use super::manifest::{self, Manifest};
 use super::plot::{self, Axis, Curve, Panel, Point};
+use super::replay;
 use super::stats::{Estimate, REPLICATES};
 use super::summary::{Row, Summary};
 use super::sweep::CELLS;
@@ -27,6 +28,8 @@ pub fn write(dir: &Path) -> Result<()> {
     let mut seen = HashSet::new();
     let mut cells = cell::read(&dir.join(CELLS))?;
     cells.retain(|c| manifest.config.owns(c, &fingerprint) && seen.insert(c.key()));
+    let derived = replay::derive(&manifest.config, &cells);
+    cells.extend(derived.into_iter().filter(|c| seen.insert(c.key())));
     cells.sort_by_cached_key(|c| {
         let method = manifest.config.methods.iter().position(|m| m == c.requested());
         (method, c.budget, c.prompt_index, c.seed)
@@ -174,7 +177,7 @@ fn markdown(manifest: &Manifest, summary: &Summary) -> String {
          images scored, Y: VAE decodes, s: wall-clock seconds, all per image. Missing: images \
          whose score failed; they are left out.\n"
     );
-    let shown = if config.held_out.is_some() { 2 } else { 1 };
+    let shown = summary.searched + usize::from(config.held_out.is_some());
     let rewards: Vec<&String> = summary.rewards.iter().take(shown).collect();
     let mut header = vec!["Method".to_owned(), "Budget".into(), "Steps".into()];
     for reward in &rewards {
@@ -254,9 +257,11 @@ fn title(manifest: &Manifest, cells: &[Cell]) -> String {
 /// One panel for the searched reward and one for the held-out one.
 fn panels(manifest: &Manifest, summary: &Summary) -> Vec<Panel> {
     let config = &manifest.config;
-    let mut panels = vec![(0, format!("searched: {}", config.reward))];
+    let searched = summary.rewards.iter().take(summary.searched).enumerate();
+    let mut panels: Vec<(usize, String)> =
+        searched.map(|(at, reward)| (at, format!("searched: {reward}"))).collect();
     if let Some(held_out) = &config.held_out {
-        panels.push((1, format!("held out: {held_out}")));
+        panels.push((summary.searched, format!("held out: {held_out}")));
     }
     panels
         .into_iter()

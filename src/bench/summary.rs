@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use super::arm::PLAIN;
 use super::cell::Cell;
 use super::manifest::Manifest;
+use super::nfe_sweep::members;
 use super::stats::{Bootstrap, Estimate, mean};
 
 /// One reward in one row.
@@ -59,6 +60,8 @@ impl Row {
 pub struct Summary {
     /// Searched reward first, then the held-out one, then the others by name.
     pub rewards: Vec<String>,
+    /// How many of them are searched: several where an ensemble has no score of its own.
+    pub searched: usize,
     pub rows: Vec<Row>,
     /// Budget of the plain row that differences are taken against.
     pub reference_budget: Option<u64>,
@@ -70,7 +73,7 @@ impl Summary {
     /// Summarises the cells of `manifest`'s grid.
     #[must_use]
     pub fn build(manifest: &Manifest, cells: &[Cell]) -> Self {
-        let rewards = rewards(manifest, cells);
+        let (rewards, searched) = rewards(manifest, cells);
         let prompts: Vec<usize> =
             cells.iter().map(|c| c.prompt_index).collect::<BTreeSet<_>>().into_iter().collect();
         let slot: HashMap<usize, usize> =
@@ -112,7 +115,7 @@ impl Summary {
                 row(group, &ran, scores, is_reference)
             })
             .collect();
-        Self { rewards, rows, reference_budget }
+        Self { rewards, searched, rows, reference_budget }
     }
 }
 
@@ -177,16 +180,22 @@ fn by_pair(cells: &[&Cell], reward: &str) -> BTreeMap<Pair, f64> {
         .collect()
 }
 
-fn rewards(manifest: &Manifest, cells: &[Cell]) -> Vec<String> {
-    let mut rewards = vec![manifest.config.reward.clone()];
-    rewards.extend(manifest.config.held_out.clone());
+fn rewards(manifest: &Manifest, cells: &[Cell]) -> (Vec<String>, usize) {
     let seen: BTreeSet<&String> = cells.iter().flat_map(|c| c.scores.keys()).collect();
+    let searched = &manifest.config.reward;
+    // Ranks among candidates say nothing between images: then the members themselves.
+    let mut rewards: Vec<String> = match seen.contains(searched) || cells.is_empty() {
+        true => vec![searched.clone()],
+        false => members(searched).into_iter().map(str::to_owned).collect(),
+    };
+    let count = rewards.len();
+    rewards.extend(manifest.config.held_out.clone());
     for reward in seen {
         if !rewards.contains(reward) {
             rewards.push(reward.clone());
         }
     }
-    rewards
+    (rewards, count)
 }
 
 /// The budget of the reference row: the one asked for, otherwise that of plain

@@ -8,10 +8,11 @@ use super::arm::{Arm, MethodSpec, Planner};
 use super::cell::{Cell, CellStore};
 use super::manifest::{Manifest, SweepConfig};
 use super::progress::Ticker;
-use super::report;
 use super::thumbnail;
+use super::{replay, report};
 use crate::engine::request::{GenerateRequest, Generation};
 use crate::engine::{Backend, CancelToken};
+use crate::rewards::OBSERVED;
 use crate::{Error, Result};
 
 /// File name of the cells in a sweep's folder.
@@ -106,8 +107,14 @@ impl Sweep {
         for method in &self.methods {
             let mut budgets = self.config().budgets.clone();
             budgets.sort_unstable();
+            let replayed = self.replayed(&planner, method)?;
             for budget in budgets {
                 let mut arm = planner.arm(method, budget)?;
+                if let Some(largest) = replayed.filter(|largest| *largest > budget)
+                    && matches!(&arm, Arm::Run { requested: None, .. })
+                {
+                    arm = Arm::Replayed(largest);
+                }
                 if let Some(cheaper) = arms.iter().find(|(label, _, other)| {
                     // Plain sampling at the most steps that the schedule has.
                     *label == method.label && method.is_plain() && *other == arm
@@ -118,13 +125,25 @@ impl Sweep {
                              the same as at budget {}",
                             cheaper.1
                         )),
-                        infeasible @ Arm::Infeasible(_) => infeasible.clone(),
+                        other => other.clone(),
                     };
                 }
                 arms.push((method.label.clone(), budget, arm));
             }
         }
         Ok(arms)
+    }
+
+    /// The budget whose candidates the smaller ones of a method are derived from: the largest,
+    /// where it can run there.
+    fn replayed(&self, planner: &Planner, method: &MethodSpec) -> Result<Option<u64>> {
+        let chosen = method.params.contains_key("candidates");
+        if !self.config().replay || method.name != replay::METHOD || chosen {
+            return Ok(None);
+        }
+        let Some(largest) = self.config().budgets.iter().max().copied() else { return Ok(None) };
+        let runs = matches!(planner.arm(method, largest)?, Arm::Run { requested: None, .. });
+        Ok(runs.then_some(largest))
     }
 
     /// Computes every cell that the folder lacks, then writes the reports of
@@ -142,7 +161,7 @@ impl Sweep {
         self.manifest.claim(&self.out, self.extend)?;
         let (mut store, cells) = CellStore::open(&self.out.join(CELLS))?;
 
-        let (mut todo, mut tally) = self.missing(&cells);
+        let (mut todo, mut tally) = self.missing(&cells, &arms);
         let all = todo.len();
         todo.truncate(self.limit.unwrap_or(all));
         let forwards = todo.iter().map(|t| arms[&(t.method, t.budget)].f()).sum();
@@ -176,7 +195,7 @@ impl Sweep {
 
     /// The cells of the grid that `cells` lacks: prompt by prompt, so that a
     /// stopped sweep is a complete comparison over fewer prompts.
-    fn missing(&self, cells: &[Cell]) -> (Vec<Todo>, Tally) {
+    fn missing(&self, cells: &[Cell], arms: &HashMap<(usize, u64), Arm>) -> (Vec<Todo>, Tally) {
         let config = self.config();
         let fingerprint = config.fingerprint();
         let done: HashSet<_> = cells
@@ -189,6 +208,9 @@ impl Sweep {
             for &seed in &config.seeds {
                 for &budget in &config.budgets {
                     for (method, spec) in self.methods.iter().enumerate() {
+                        if let Some(Arm::Replayed(_)) = arms.get(&(method, budget)) {
+                            continue;
+                        }
                         if done.contains(&(spec.label.as_str(), budget, prompt, seed)) {
                             tally.kept += 1;
                         } else {
@@ -228,6 +250,10 @@ impl Sweep {
             let (method, requested, request) = match &arm {
                 Arm::Infeasible(reason) => {
                     cell.infeasible = Some(reason.clone());
+                    return Ok(cell);
+                }
+                Arm::Replayed(budget) => {
+                    cell.infeasible = Some(format!("derived from budget {budget}"));
                     return Ok(cell);
                 }
                 Arm::Run { method, requested, request, .. } => (method, requested, request),
@@ -281,7 +307,10 @@ fn fill(cell: &mut Cell, generation: Generation) -> Result<()> {
             cell.seed
         );
     }
+    cell.candidates = replay::candidates(&generation.trace);
     cell.stages = generation.cost.actual.seconds;
+    // Scoring candidates for the record is no part of a search.
+    cell.seconds -= cell.stages.remove(OBSERVED).unwrap_or(0.0);
     cell.steps = generation.resolved.steps;
     cell.params = generation.resolved.method;
     cell.thumbnail = Some(thumbnail::of(&image.pixels));

@@ -86,15 +86,16 @@ enum Command {
         #[arg(long = "adapter", value_name = "FILE[:SCALE]")]
         adapters: Vec<Addition>,
     },
-    /// Write an adapter in the key names of other programs.
+    /// Write an adapter in the key names of other programs, or the mean of several.
     ///
     /// Takes every naming that ds-serve takes.
     ConvertAdapter {
         /// Checkpoint that the adapter is for, in either layout.
         #[arg(long, value_name = "MODEL")]
         model: PathBuf,
-        #[arg(long, value_name = "FILE")]
-        adapter: PathBuf,
+        /// Given several times, for checkpoints of one run, matrices are averaged.
+        #[arg(long = "adapter", value_name = "FILE", required = true, num_args = 1..)]
+        adapters: Vec<PathBuf>,
         /// The .safetensors file that is written.
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
@@ -173,12 +174,12 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             export(&model, &out, layout, dtype.into(), &adapters)?;
             println!("{} is written", out.display());
         }
-        Command::ConvertAdapter { model, adapter, out, format, dtype } => {
+        Command::ConvertAdapter { model, adapters, out, format, dtype } => {
             let format = match format {
                 AdapterArg::Kohya => LoraFormat::Kohya,
                 AdapterArg::Diffusers => LoraFormat::Diffusers,
             };
-            convert(&model, &adapter, &out, format, dtype.into())?;
+            convert(&model, &adapters, &out, format, dtype.into())?;
             println!("{} is written", out.display());
         }
     }

@@ -11,7 +11,7 @@ const ABAR_FLOOR: f64 = 1.0 / 16_777_216.0;
 
 /// A discrete variance-preserving schedule: x_t = sqrt(abar_t) x0 + sqrt(1-abar_t) eps,
 /// t in 0..num_train_timesteps. Between integers log(sigma) is interpolated linearly.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct NoiseSchedule {
     config: SchedulerConfig,
     abar: Vec<f64>,

@@ -74,12 +74,13 @@ pub fn resolve(
     let search_calls = reward.as_ref().map_or(0, Ensemble::external_calls);
     let all_calls: u64 = model.rewards.iter().map(|r| r.external_calls()).sum();
     let spec = EnvSpec {
+        schedule: &model.schedule,
         steps: steps as usize,
         solver,
         forwards_per_eval: if guidance_scale == 1.0 { 1 } else { 2 },
-        last_step_branches: model.schedule.final_abar() < 1.0,
         searches: reward.is_some(),
         reports: !model.rewards.is_empty(),
+        relative: reward.as_ref().is_some_and(Ensemble::is_relative),
         search_calls,
         report_calls: all_calls - search_calls,
     };

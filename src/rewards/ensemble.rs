@@ -129,6 +129,8 @@ impl Ensemble {
                 }
             }
         }
+        // Sums of large numbers overflow.
+        values.iter_mut().filter(|v| !v.is_finite()).for_each(|v| *v = f64::NEG_INFINITY);
         values
     }
 }

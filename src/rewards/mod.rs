@@ -12,7 +12,7 @@ use image::RgbImage;
 use crate::Result;
 
 pub use set::{RewardSet, checked};
-pub use verifier::MeteredVerifier;
+pub use verifier::{MeteredVerifier, OBSERVED};
 
 /// Something that judges images.
 pub trait Reward: Send + Sync {

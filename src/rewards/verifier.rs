@@ -11,6 +11,9 @@ use crate::Result;
 use crate::diffusion::cost::Units;
 use crate::diffusion::meter::Meter;
 
+/// The stage of scoring for the record.
+pub const OBSERVED: &str = "observed";
+
 /// Scores with the searched rewards while searching, and with all others once, on the
 /// image that is returned. V counts images, not rewards.
 #[derive(Clone)]
@@ -32,6 +35,11 @@ impl<'a> MeteredVerifier<'a> {
 
     pub fn searched(&self) -> Option<&Ensemble> {
         self.searched.as_ref()
+    }
+
+    /// Whether values are relative to the other candidates of a decision.
+    pub fn is_relative(&self) -> bool {
+        self.searched.as_ref().is_some_and(Ensemble::is_relative)
     }
 
     /// Whether a returned image is scored at all.
@@ -80,6 +88,31 @@ impl<'a> MeteredVerifier<'a> {
             _ if value.is_finite() => value,
             _ => f64::NAN,
         }
+    }
+
+    /// Scores of every reward that needs no call outside, for the record: nothing is chosen by
+    /// them, and nothing charged. `marks`: what the searched rewards say already.
+    ///
+    /// # Errors
+    /// A reward's.
+    pub fn observe(
+        &self,
+        images: &[RgbImage],
+        prompt: &str,
+        marks: &[Marks],
+    ) -> Result<BTreeMap<String, Vec<f64>>> {
+        let mut scores = BTreeMap::new();
+        for (at, reward) in self.searched.iter().flat_map(|e| e.members()).enumerate() {
+            let known = marks.iter().map(|marks| marks[at]).collect();
+            scores.insert(reward.name().to_owned(), known);
+        }
+        let prompts = vec![prompt; images.len()];
+        let free = self.set.iter().filter(|reward| reward.external_calls() == 0);
+        for reward in free.filter(|r| !scores.contains_key(r.name())).collect::<Vec<_>>() {
+            let found = self.meter.time(OBSERVED, || checked(reward.as_ref(), images, &prompts))?;
+            scores.insert(reward.name().to_owned(), found);
+        }
+        Ok(scores)
     }
 
     /// Scores of every reward on the returned image. `known`: what the searched rewards say of

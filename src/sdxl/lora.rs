@@ -73,6 +73,37 @@ impl Adapters {
         }
     }
 
+    /// Both adapters' matrices mixed, `weight` of the other: (1 - weight) a + weight b. Down and up
+    /// matrices are mixed each, which is a mean of updates for checkpoints of one run alone.
+    ///
+    /// # Errors
+    /// `Error::Weights` naming the first module that they do not share in shape and scale.
+    pub fn toward(&self, other: &Self, weight: f64) -> Result<Self> {
+        let mix = |a: &Tensor, b: &Tensor| -> Result<Tensor> {
+            Ok((a.affine(1.0 - weight, 0.0)? + b.affine(weight, 0.0)?)?)
+        };
+        let maps = Network::ALL.map(|network| {
+            let (ours, theirs) = (self.network(network), other.network(network));
+            if let Some(name) = theirs.names().find(|name| ours.get(name).is_none()) {
+                return Err(Error::Weights(format!("'{name}' is adapted in one file only")));
+            }
+            let mixed = ours.iter().map(|(name, a)| {
+                let b = theirs.get(name).filter(|b| {
+                    (b.down.dims(), b.up.dims()) == (a.down.dims(), a.up.dims())
+                        && b.scale == a.scale
+                });
+                let b = b.ok_or_else(|| {
+                    Error::Weights(format!("'{name}' is adapted otherwise in another file"))
+                })?;
+                let (down, up) = (mix(&a.down, &b.down)?, mix(&a.up, &b.up)?);
+                Ok((name.to_owned(), LowRank { down, up, scale: a.scale }))
+            });
+            Ok(LoraMap::new(mixed.collect::<Result<_>>()?))
+        });
+        let [unet, first, second] = maps;
+        Ok(Self { unet: unet?, text: [first?, second?] })
+    }
+
     /// Reads a LoRA file, of linear layers and convolutions, in the names of
     ///
     /// - kohya: `lora_unet_<module>.lora_down.weight`, `lora_te1_…`, `lora_te2_…`, where

@@ -1,7 +1,7 @@
 //! Adapter files from one naming to another.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 
@@ -13,16 +13,18 @@ use super::tensor_file::read_metadata;
 use crate::nn::LowRank;
 use crate::{Error, Result};
 
-/// Writes the adapter `file` of the checkpoint at `model`, in any naming that is read, to `out`
-/// with matrices in `dtype`. Of the checkpoint only configurations are read. What the header says
-/// of training, title and so on goes along; what follows from the tensors is made anew.
+/// Writes the adapter in `files` of the checkpoint at `model`, in any naming that is read, to
+/// `out` with matrices in `dtype`. Of several files, checkpoints of one run, the matrices are
+/// averaged. Of the checkpoint only configurations are read. What the header of the last file
+/// says of training, title and so on goes along; what follows from the tensors is made anew.
 ///
 /// # Errors
 /// As [`Adapters::read`] and [`Adapters::write`]; when a module of the checkpoint has another size
-/// than the adapter's; and when `out` is no `.safetensors` file.
+/// than the adapter's; when files differ in modules, ranks or scales; when there is none; and
+/// when `out` is no `.safetensors` file.
 pub fn convert(
     model: &Path,
-    file: &Path,
+    files: &[PathBuf],
     out: &Path,
     format: LoraFormat,
     dtype: DType,
@@ -35,16 +37,26 @@ pub fn convert(
     let [unet, first, second] = matrices(&networks)?;
     let modules = [&unet, &first, &second].map(|known| known.keys().cloned().collect());
     let names = AdapterNames::new(&networks.unet, modules);
-    let adapters = Adapters::read(file, &names, DType::F32, &Device::Cpu)?;
+    let (last, earlier) =
+        files.split_last().ok_or_else(|| Error::invalid("adapter", "missing: give a file"))?;
+    let read = |file: &PathBuf| Adapters::read(file, &names, DType::F32, &Device::Cpu);
+    let mut adapters = read(last)?;
+    for (done, file) in earlier.iter().enumerate() {
+        let weight = 1.0 / (done + 2) as f64;
+        adapters = adapters.toward(&read(file)?, weight).map_err(|e| match e {
+            Error::Weights(message) => Error::file(file, message),
+            other => other,
+        })?;
+    }
     for (network, known) in Network::ALL.into_iter().zip([unet, first, second]) {
         for (module, adapter) in adapters.network(network).iter() {
             if let Some(misfit) = known.get(module).and_then(|matrix| misfit(adapter, matrix)) {
                 let message = format!("adapter of {}, {module}: {misfit}", network.component());
-                return Err(Error::file(file, message));
+                return Err(Error::file(last, message));
             }
         }
     }
-    let mut metadata = read_metadata(file)?;
+    let mut metadata = read_metadata(last)?;
     metadata.retain(|key, _| !COMPUTED.contains(&key.as_str()));
     adapters.write(out, &names, format, dtype, &metadata)
 }

@@ -37,7 +37,7 @@ impl Best {
     /// # Errors
     /// When tensors cannot be sliced.
     pub fn offer(&mut self, env: &mut SearchEnv, latents: &Tensor, judged: Judged) -> Result<()> {
-        let relative = env.verifier.searched().is_some_and(|ensemble| ensemble.is_relative());
+        let relative = env.verifier.is_relative();
         let Judged { images, marks, values } = judged;
         for (i, ((image, marks), value)) in images.into_iter().zip(marks).zip(values).enumerate() {
             let candidate = self.offered;
@@ -57,6 +57,11 @@ impl Best {
             self.kept.push(finished);
         }
         Ok(())
+    }
+
+    /// Whether nothing was offered.
+    pub fn is_empty(&self) -> bool {
+        self.kept.is_empty()
     }
 
     fn improved(&mut self, env: &mut SearchEnv, finished: &Finished) {
@@ -84,18 +89,24 @@ impl Best {
             let (at, value) = first_max(&values);
             let mut winner = self.kept.swap_remove(at);
             winner.value = value;
-            self.improved(env, &winner);
+            if value.is_finite() {
+                self.improved(env, &winner);
+            }
             self.kept = vec![winner];
         }
         let Some(Finished { value, marks, latents, image, .. }) = self.kept.pop() else {
             return Err(Error::invalid("method", "finished without an image"));
         };
-        let scores = env.verifier.report(&image, env.prompt, &marks)?;
+        let mut scores = env.verifier.report(&image, env.prompt, &marks)?;
+        let score = env.verifier.score_of(value, &marks);
+        if let Some(ensemble) = env.verifier.searched().filter(|ensemble| !ensemble.is_relative()) {
+            scores.entry(ensemble.name()).or_insert(score);
+        }
         let unused_f = env.meter().budget().f.map(|f| f - env.meter().spent().f);
         Ok(Outcome {
             latents,
             image,
-            score: env.verifier.score_of(value, &marks),
+            score,
             scores,
             curve: self.curve,
             trace: self.trace,

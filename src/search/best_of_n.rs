@@ -1,5 +1,7 @@
 //! Best-of-N: random search over initial noise (Ma et al. 2025, arXiv 2501.09732, sec. 3).
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value, json};
 
 use super::best::Best;
@@ -21,6 +23,7 @@ pub struct BestOfN;
 struct Choice {
     kernel: Kernel,
     candidates: Option<u64>,
+    observe: bool,
 }
 
 fn choice(params: &Map<String, Value>) -> Result<Choice> {
@@ -28,6 +31,7 @@ fn choice(params: &Map<String, Value>) -> Result<Choice> {
     Ok(Choice {
         kernel: params.choice("kernel", &Kernel::OPTIONS)?.unwrap_or(Kernel::Ode),
         candidates: params.integer("candidates", 1..=MOST_CANDIDATES)?,
+        observe: params.boolean("observe")?.unwrap_or(false),
     })
 }
 
@@ -46,6 +50,13 @@ impl SearchMethod for BestOfN {
         Map::from_iter([
             entry("candidates", "integer", Value::Null, candidates),
             one_of("kernel", &Kernel::OPTIONS, kernel),
+            entry(
+                "observe",
+                "boolean",
+                json!(false),
+                "score every candidate by every reward that needs no call outside, for the trace; \
+                 nothing is chosen by it",
+            ),
         ])
     }
 
@@ -54,8 +65,9 @@ impl SearchMethod for BestOfN {
     }
 
     fn plan(&self, params: &Map<String, Value>, spec: &EnvSpec, budget: &Budget) -> Result<Plan> {
-        let Choice { kernel, candidates } = choice(params)?;
+        let Choice { kernel, candidates, observe } = choice(params)?;
         spec.needs_search(self.name())?;
+        spec.check_steps(kernel, spec.steps)?;
         let cost = |n: u64| spec.cost(n * spec.trajectory_f(kernel), n);
         // One that does not fit is refused with the numbers.
         let affordable =
@@ -64,17 +76,28 @@ impl SearchMethod for BestOfN {
         let params = Map::from_iter([
             ("candidates".to_owned(), json!(n)),
             ("kernel".to_owned(), json!(kernel.name())),
+            ("observe".to_owned(), json!(observe)),
         ]);
         Plan::new(self.name(), params, cost(n), budget)
     }
 
     fn run(&self, plan: &Plan, env: &mut SearchEnv, key: &NoiseKey) -> Result<Outcome> {
-        let Choice { kernel, candidates } = choice(&plan.params)?;
+        let Choice { kernel, candidates, observe } = choice(&plan.params)?;
         let mut best = Best::default();
+        let mut seen: BTreeMap<String, Vec<f64>> = BTreeMap::new();
         for candidates in env.chunks(0..candidates.unwrap_or(1)) {
             let latents = env.sample(key, kernel, &candidates)?;
             let judged = env.judge(&latents)?;
+            if observe {
+                let scores = env.verifier.observe(&judged.images, env.prompt, &judged.marks)?;
+                for (name, scores) in scores {
+                    seen.entry(name).or_default().extend(scores);
+                }
+            }
             best.offer(env, &latents, judged)?;
+        }
+        if observe {
+            best.note(env, json!({"candidates": seen}));
         }
         best.finish(env)
     }

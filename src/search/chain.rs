@@ -74,8 +74,13 @@ impl Chain {
         self.stds.len()
     }
 
+    /// The steps at which children of a state differ.
+    pub fn branching(&self) -> Vec<usize> {
+        (0..self.steps()).filter(|step| self.branches(*step)).collect()
+    }
+
     /// Whether the children of a state before `step` differ.
-    pub fn branches(&self, step: usize) -> bool {
+    fn branches(&self, step: usize) -> bool {
         self.stds[step] > 0.0
     }
 

@@ -17,20 +17,21 @@ use crate::util::CancelToken;
 use crate::{Error, Result};
 
 /// What planning needs to know of an environment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EnvSpec {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EnvSpec<'a> {
+    pub schedule: &'a NoiseSchedule,
     /// Solver steps of a trajectory.
     pub steps: usize,
     /// The solver of deterministic trajectories.
     pub solver: SolverKind,
     /// U-Net forwards of one guided evaluation: 2 with guidance, else 1.
     pub forwards_per_eval: u64,
-    /// Whether DDIM's last step adds noise where eta is above 0.
-    pub last_step_branches: bool,
     /// Whether there is a reward to search for.
     pub searches: bool,
     /// Whether the returned image is scored (any reward is registered).
     pub reports: bool,
+    /// Whether values of the searched rewards are relative to the other candidates of a decision.
+    pub relative: bool,
     /// L of scoring one image with the searched reward.
     pub search_calls: u64,
     /// L of scoring the returned image with all other rewards.
@@ -57,7 +58,7 @@ impl Kernel {
     }
 }
 
-impl EnvSpec {
+impl EnvSpec<'_> {
     /// F of one trajectory.
     pub fn trajectory_f(&self, kernel: Kernel) -> u64 {
         self.steps_f(kernel, self.steps)
@@ -70,6 +71,31 @@ impl EnvSpec {
             Kernel::Sde => SolverKind::Ddim,
         };
         solver.evaluations(steps) as u64 * self.forwards_per_eval
+    }
+
+    /// Checks that a trajectory can have these steps.
+    ///
+    /// # Errors
+    /// `Error::Invalid` on "steps".
+    pub fn check_steps(&self, kernel: Kernel, steps: usize) -> Result<()> {
+        let solver = match kernel {
+            Kernel::Ode => SolverSpec::ode(self.solver, self.schedule),
+            Kernel::Sde => SolverSpec::sde(),
+        };
+        solver.build(self.schedule, steps).map(|_| ())
+    }
+
+    /// # Errors
+    /// `Error::Invalid` on "reward" when its values cannot be compared between decisions.
+    pub fn needs_absolute(&self, method: &str) -> Result<()> {
+        if !self.relative {
+            return Ok(());
+        }
+        let message = format!(
+            "{method} compares values of different decisions, and those of rank(…) and \
+             normalised(…) mean something within one alone: take a sum"
+        );
+        Err(Error::invalid("reward", message))
     }
 
     /// # Errors
@@ -128,14 +154,15 @@ pub struct Judged {
 }
 
 impl<'a> SearchEnv<'a> {
-    pub fn spec(&self) -> EnvSpec {
+    pub fn spec(&self) -> EnvSpec<'a> {
         EnvSpec {
+            schedule: self.schedule,
             steps: self.steps,
             solver: self.solver.kind,
             forwards_per_eval: self.cond.forwards_per_eval(),
-            last_step_branches: self.schedule.final_abar() < 1.0,
             searches: self.verifier.searched().is_some(),
             reports: self.verifier.reports(),
+            relative: self.verifier.is_relative(),
             search_calls: self.verifier.search_calls(),
             report_calls: self.verifier.report_calls(),
         }
@@ -169,20 +196,48 @@ impl<'a> SearchEnv<'a> {
     /// # Errors
     /// `Error::Budget` before running, `Error::Cancelled`, the decoder's and the reward's.
     pub fn judge(&mut self, latents: &Tensor) -> Result<Judged> {
+        let mut images = Vec::new();
+        let marks = self.score(latents, &mut |part| images.extend(part))?;
+        let values = self.verifier.values(&marks);
+        Ok(Judged { images, marks, values })
+    }
+
+    /// As [`SearchEnv::judge`], for latents whose images are not returned: their marks.
+    ///
+    /// # Errors
+    /// As [`SearchEnv::judge`].
+    pub fn marks(&mut self, latents: &Tensor) -> Result<Vec<Marks>> {
+        self.score(latents, &mut |_| {})
+    }
+
+    /// As [`SearchEnv::marks`]: their values, to decide by.
+    ///
+    /// # Errors
+    /// As [`SearchEnv::judge`].
+    pub fn values(&mut self, latents: &Tensor) -> Result<Vec<f64>> {
+        let marks = self.marks(latents)?;
+        Ok(self.verifier.values(&marks))
+    }
+
+    fn score(
+        &mut self,
+        latents: &Tensor,
+        each: &mut dyn FnMut(Vec<RgbImage>),
+    ) -> Result<Vec<Marks>> {
         let rows = latents.dim(0)?;
-        let (mut images, mut marks) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
+        let mut marks = Vec::with_capacity(rows);
         for from in (0..rows).step_by(self.micro_batch.max(1)) {
             self.cancel.check()?;
             let count = self.micro_batch.max(1).min(rows - from);
             let part = self.decoder.decode(&latents.narrow(0, from, count)?)?;
             marks.extend(self.verifier.score(&part, self.prompt)?);
-            images.extend(part);
+            each(part);
         }
-        let values = self.verifier.values(&marks);
         if self.verifier.searched().is_some() {
-            self.failed_scores += values.iter().filter(|value| !value.is_finite()).count() as u64;
+            let failed = marks.iter().filter(|marks| !marks.iter().all(|mark| mark.is_finite()));
+            self.failed_scores += failed.count() as u64;
         }
-        Ok(Judged { images, marks, values })
+        Ok(marks)
     }
 
     /// Guided prediction for every row of `x`, scaled network input [B, C, h, w], at one

@@ -1,7 +1,7 @@
 //! EvoSearch: generations of initial noise, then of states on the way, bred by the rewards of
 //! their finished images (He et al. 2025, arXiv 2505.17618).
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use rand::seq::index::sample;
 use serde_json::{Map, Value, json};
 
@@ -13,9 +13,10 @@ use super::params::{Params, entry, largest, name_of, one_of};
 use super::weights::ranking;
 use crate::diffusion::cost::{Budget, Units};
 use crate::diffusion::noise::{NoiseKey, Purpose};
+use crate::rewards::ensemble::Marks;
 use crate::{Error, Result};
 
-const MOST: u64 = 1 << 16;
+const MOST: u64 = 1 << 12;
 /// The paper's generations (SD 2.1, 50 steps): steps that they are bred at, and sizes.
 const LEVELS: [u64; 4] = [0, 20, 30, 40];
 const SIZES: [u64; 5] = [42, 26, 26, 26, 30];
@@ -96,67 +97,69 @@ impl Search {
             .sum();
         spec.cost(f, self.sizes.iter().sum())
     }
+}
 
-    fn check(&self, steps: u64) -> Result<()> {
-        let ascending = self.levels.windows(2).all(|pair| pair[0] < pair[1]);
-        let first = self.levels.first().is_none_or(|level| *level == 0);
-        if !ascending || !first || self.levels.last().is_some_and(|level| *level >= steps) {
-            let message =
-                format!("{:?} are not steps below {steps} that ascend from 0", self.levels);
-            return Err(Error::invalid("method.levels", message));
-        }
-        if self.sizes.len() != self.levels.len() + 1 {
-            let (sizes, levels) = (self.sizes.len(), self.levels.len());
-            let message = format!("{sizes} sizes for {levels} levels: expected one more");
-            return Err(Error::invalid("method.sizes", message));
-        }
-        Ok(())
+/// Levels of `steps` steps, checked.
+fn checked(levels: Vec<u64>, steps: u64) -> Result<Vec<u64>> {
+    let ascending = levels.windows(2).all(|pair| pair[0] < pair[1]);
+    let first = levels.first().is_none_or(|level| *level == 0);
+    if ascending && first && levels.last().is_none_or(|level| *level < steps) {
+        return Ok(levels);
     }
+    let message = format!("{levels:?} are not steps below {steps} that ascend from 0");
+    Err(Error::invalid("method.levels", message))
 }
 
 impl Choice {
     /// Generations of this many first members, in the paper's proportions.
     fn scaled(&self, first: u64, levels: &[u64]) -> Search {
-        let scale = |size: u64| (size * first / SIZES[0]).max(1);
-        let sizes = match levels.len() {
-            0 => vec![first],
-            1 => vec![first; 2],
-            count => SIZES[..count].iter().map(|s| scale(*s)).chain([scale(SIZES[4])]).collect(),
+        let scale = |size: u64| ((size * first + SIZES[0] / 2) / SIZES[0]).max(1);
+        let later = |generation: usize| match levels.len() {
+            1 => first,
+            count if generation == count => scale(SIZES[4]),
+            _ => scale(SIZES[1]),
         };
-        let elites = self.elites.unwrap_or((ELITES * first + SIZES[0] / 2) / SIZES[0]).max(1);
-        Search { levels: levels.to_vec(), sizes, elites, choice: self.clone() }
+        let sizes = std::iter::once(first).chain((1..=levels.len()).map(later)).collect();
+        self.with(levels.to_vec(), sizes)
+    }
+
+    fn with(&self, levels: Vec<u64>, sizes: Vec<u64>) -> Search {
+        let first = sizes.first().copied().unwrap_or(1);
+        let proportional = ((ELITES * first + SIZES[0] / 2) / SIZES[0]).max(1);
+        let elites = self.elites.unwrap_or(proportional);
+        Search { levels, sizes, elites, choice: self.clone() }
     }
 
     fn within(&self, spec: &EnvSpec, budget: &Budget) -> Result<Search> {
         let steps = spec.steps as u64;
-        let default: Vec<u64> = LEVELS.iter().map(|level| level * steps / 50).collect();
+        let mut default: Vec<u64> = LEVELS.iter().map(|level| level * steps / 50).collect();
+        default.dedup();
+        let given = self.levels.clone().map(|levels| checked(levels, steps)).transpose()?;
         if let Some(sizes) = &self.sizes {
             let few = sizes.len().saturating_sub(1).min(default.len());
-            let levels = self.levels.clone().unwrap_or_else(|| default[..few].to_vec());
-            let elites = self.elites.unwrap_or(ELITES);
-            let search = Search { levels, sizes: sizes.clone(), elites, choice: self.clone() };
-            search.check(steps)?;
-            return Ok(search);
+            let levels = given.unwrap_or_else(|| default[..few].to_vec());
+            if sizes.len() != levels.len() + 1 {
+                let (sizes, levels) = (sizes.len(), levels.len());
+                let message = format!("{sizes} sizes for {levels} levels: expected one more");
+                return Err(Error::invalid("method.sizes", message));
+            }
+            return Ok(self.with(levels, sizes.clone()));
         }
         if !budget.bounds() {
-            let levels = self.levels.clone().unwrap_or(default);
-            let search = self.scaled(SIZES[0], &levels);
-            search.check(steps)?;
-            return Ok(search);
+            return Ok(self.scaled(SIZES[0], &given.unwrap_or(default)));
         }
         let trajectory = spec.cost(spec.trajectory_f(Kernel::Sde), 1);
         let times =
             |n: u64| Units { f: n * trajectory.f, v: n * trajectory.v, y: n * trajectory.y, l: 0 };
         let trajectories = largest(1..=MOST, budget, times).unwrap_or(1);
-        let levels = match &self.levels {
-            Some(levels) => levels.clone(),
+        let levels = match given {
+            Some(levels) => levels,
             None if trajectories < 2 => Vec::new(),
             None if trajectories <= FEW => vec![0],
             None => default,
         };
         let cost = |first: u64| self.scaled(first, &levels).cost(spec);
         let mut search = self.scaled(largest(1..=MOST, budget, cost).unwrap_or(1), &levels);
-        search.check(steps)?;
         // The last generation has what is left.
         let last = search.sizes.len() - 1;
         let with = |size: u64| {
@@ -227,6 +230,7 @@ impl SearchMethod for EvoSearch {
     fn plan(&self, params: &Map<String, Value>, spec: &EnvSpec, budget: &Budget) -> Result<Plan> {
         let choice = choice(params)?;
         spec.needs_search(self.name())?;
+        spec.check_steps(Kernel::Sde, spec.steps)?;
         let search = choice.within(spec, budget)?;
         let params = Map::from_iter([
             ("levels".to_owned(), json!(search.levels)),
@@ -243,8 +247,7 @@ impl SearchMethod for EvoSearch {
         let search = choice(&plan.params)?.within(&env.spec(), &Budget::default())?;
         let chain = Chain::new(env.schedule, env.steps, 1.0)?;
         let mut best = Best::default();
-        let mut breeding =
-            Breeding { search: &search, chain: &chain, key, archives: Vec::new(), members: 0 };
+        let mut breeding = Breeding { search: &search, chain: &chain, key, archives: Vec::new() };
         breeding.archives.resize_with(search.levels.len(), Archive::default);
         let founders: Vec<u64> = (0..search.sizes[0]).collect();
         let mut population = env.initial_noise(key, &founders)?;
@@ -259,14 +262,15 @@ impl SearchMethod for EvoSearch {
     }
 }
 
-/// States of all members that passed a level, with the values of their finished images.
+/// States of all members that passed a level, in the host's memory, with what the rewards say of
+/// their finished images.
 #[derive(Default)]
 struct Archive {
     /// [1, C, h, w] before the level's step.
     before: Vec<Tensor>,
     /// After it.
     after: Vec<Tensor>,
-    values: Vec<f64>,
+    marks: Vec<Marks>,
 }
 
 struct Breeding<'a> {
@@ -274,8 +278,6 @@ struct Breeding<'a> {
     chain: &'a Chain,
     key: &'a NoiseKey,
     archives: Vec<Archive>,
-    /// All so far: every member has noise of its own.
-    members: u64,
 }
 
 impl Breeding<'_> {
@@ -288,14 +290,17 @@ impl Breeding<'_> {
         generation: usize,
     ) -> Result<()> {
         let size = population.dim(0)?;
-        let members: Vec<u64> = (self.members..self.members + size as u64).collect();
-        self.members += size as u64;
+        // A key for each, whatever the sizes.
+        let members: Vec<u64> =
+            (0..size as u64).map(|member| (generation as u64) << 32 | member).collect();
         let mut x = population;
         for step in self.search.start(generation) as usize..self.chain.steps() {
             let levels = &self.search.levels;
             let archive = (generation..levels.len()).find(|g| levels[*g] == step as u64);
-            let rows =
-                |x: &Tensor| (0..size).map(|row| pick(x, &[row])).collect::<Result<Vec<_>>>();
+            let rows = |x: &Tensor| {
+                let x = x.to_device(&Device::Cpu)?;
+                (0..size).map(|row| pick(&x, &[row])).collect::<Result<Vec<_>>>()
+            };
             if let Some(at) = archive {
                 self.archives[at].before.extend(rows(&x)?);
             }
@@ -309,7 +314,7 @@ impl Breeding<'_> {
         }
         let judged = env.judge(&x)?;
         for archive in &mut self.archives[generation..] {
-            archive.values.extend_from_slice(&judged.values);
+            archive.marks.extend_from_slice(&judged.marks);
         }
         best.offer(env, &x, judged)
     }
@@ -318,7 +323,7 @@ impl Breeding<'_> {
     fn breed(&self, env: &mut SearchEnv, best: &mut Best, generation: usize) -> Result<Tensor> {
         let archive = &self.archives[generation];
         let size = self.search.sizes[generation + 1] as usize;
-        let ranks = ranking(&archive.values);
+        let ranks = ranking(&env.verifier.values(&archive.marks));
         let elites = (self.search.elites as usize).min(size).min(ranks.len());
         let mut members: Vec<Tensor> =
             ranks[..elites].iter().map(|i| archive.before[*i].clone()).collect();
@@ -329,18 +334,12 @@ impl Breeding<'_> {
             // The best is the one that comes first in the ranking, so that ties go to the older.
             let drawn: Vec<usize> = drawn.into_vec();
             let parent = ranks.iter().copied().find(|i| drawn.contains(i)).unwrap_or(0);
-            members.push(self.child(
-                env,
-                archive,
-                parent,
-                generation,
-                self.members + child as u64,
-            )?);
+            members.push(self.child(env, archive, parent, generation, child as u64)?);
         }
         let kept: Vec<usize> = ranks[..elites].to_vec();
         let entry = json!({"generation": generation, "elites": kept, "members": size});
         best.note(env, entry);
-        Ok(Tensor::cat(&members, 0)?)
+        Ok(Tensor::cat(&members, 0)?.to_device(env.denoiser.device())?)
     }
 
     fn child(
@@ -352,9 +351,9 @@ impl Breeding<'_> {
         member: u64,
     ) -> Result<Tensor> {
         let step = self.search.levels[generation] as usize;
-        let (shape, device) = (env.latent_shape, env.denoiser.device());
-        let noise =
-            self.key.normal_rows(Purpose::SearchProposal, step as u64, &[member], shape, device)?;
+        let shape = env.latent_shape;
+        let purpose = Purpose::SearchProposal;
+        let noise = self.key.normal_rows(purpose, step as u64, &[member], shape, &Device::Cpu)?;
         let blend = |a: f64, x: &Tensor, b: f64| -> Result<Tensor> {
             Ok((x.affine(a, 0.0)? + noise.affine(b, 0.0)?)?)
         };

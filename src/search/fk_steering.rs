@@ -8,12 +8,14 @@ use super::chain::{Ahead, Chain};
 use super::env::{EnvSpec, Kernel, SearchEnv};
 use super::method::{Outcome, Plan, SearchMethod};
 use super::params::{Params, entry, largest, name_of, one_of};
-use super::weights::{deviation, effective_size, log_mean_exp, multinomial, softmax, systematic};
+use super::weights::{
+    deviation, effective_size, log_mean_exp, multinomial, scaled, softmax, systematic,
+};
 use crate::Result;
 use crate::diffusion::cost::{Budget, Units};
 use crate::diffusion::noise::{NoiseKey, Purpose};
 
-const MOST: u64 = 1 << 16;
+const MOST: u64 = 1 << 12;
 const DEFAULT_PARTICLES: u64 = 4;
 /// The paper's lambda, for a reward with a standard deviation of about 1 (ImageReward).
 const LAMBDA: f64 = 10.0;
@@ -170,7 +172,9 @@ impl SearchMethod for FkSteering {
     fn plan(&self, params: &Map<String, Value>, spec: &EnvSpec, budget: &Budget) -> Result<Plan> {
         let choice = choice(params)?;
         spec.needs_search(self.name())?;
+        spec.needs_absolute(self.name())?;
         let (steps, particles) = choice.within(spec, budget);
+        spec.check_steps(Kernel::Sde, steps as usize)?;
         let predicted = choice.cost(spec, steps, particles);
         let params = Map::from_iter([
             ("particles".to_owned(), json!(particles)),
@@ -197,7 +201,7 @@ impl SearchMethod for FkSteering {
             let mut ahead = chain.look(env, &x, step)?;
             if stops.contains(&step) {
                 // The estimate from before the step costs no evaluation.
-                let values = env.judge(&ahead.x0)?.values;
+                let values = env.values(&ahead.x0)?;
                 let mut rng = key.rng(Purpose::Resample, step as u64, 0);
                 let kept = particles.stop(&values, &mut rng);
                 best.note(env, json!({"step": step, "kept": kept, "values": finite(&values)}));
@@ -250,36 +254,48 @@ impl Particles {
         }
     }
 
+    /// Decided by the first values that differ; 0 until then.
     fn lambda(&mut self, values: &[f64]) -> f64 {
-        *self.lambda.get_or_insert_with(|| match deviation(values) {
-            deviation if deviation > 1e-12 => LAMBDA / deviation,
-            _ => 0.0,
-        })
+        let spread = deviation(values);
+        if self.lambda.is_none() && spread > 0.0 {
+            self.lambda = Some(LAMBDA / spread).filter(|lambda| lambda.is_finite());
+        }
+        self.lambda.unwrap_or(0.0)
     }
 
     /// Values the particles and chooses which go on, a place for each.
     fn stop(&mut self, values: &[f64], rng: &mut impl rand::Rng) -> Vec<usize> {
         let (lambda, count) = (self.lambda(values), values.len());
+        if values.iter().all(|value| *value == f64::NEG_INFINITY) {
+            return (0..count).collect();
+        }
         for (i, value) in values.iter().enumerate() {
-            let scaled = scaled(lambda, *value);
+            let own = scaled(lambda, *value);
             let increment = match self.choice.potential {
-                Potential::Diff => difference(scaled, self.log_p[i]),
+                Potential::Diff => difference(own, self.log_p[i]),
                 Potential::Max => {
                     self.top[i] = self.top[i].max(*value);
-                    self::scaled(lambda, self.top[i])
+                    scaled(lambda, self.top[i])
                 }
                 Potential::Sum => {
-                    self.sum[i] += scaled;
+                    self.sum[i] += own;
                     self.sum[i]
                 }
             };
             self.log_p[i] += increment;
             self.log_w[i] += increment;
         }
+        if self.log_w.iter().all(|w| *w == f64::NEG_INFINITY) {
+            // Each failed once: from here on they are as good as each other.
+            self.log_z = f64::NEG_INFINITY;
+            self.log_w.fill(0.0);
+            self.log_p.fill(0.0);
+            return (0..count).collect();
+        }
         let weights = softmax(&self.log_w);
         let enough = effective_size(&weights) >= self.choice.ess * count as f64;
-        // Uniform weights are left alone by a systematic resampling; so is a ratio of 1.
-        if enough && self.choice.ess < 1.0 {
+        let uniform = weights.iter().all(|weight| *weight == weights[0]);
+        if uniform || (enough && self.choice.ess < 1.0) {
             return (0..count).collect();
         }
         self.log_z += log_mean_exp(&self.log_w);
@@ -302,11 +318,6 @@ impl Particles {
         self.log_z += log_mean_exp(&self.log_w);
         self.log_z
     }
-}
-
-/// lambda r; -inf where scoring failed, at lambda 0 too.
-fn scaled(lambda: f64, value: f64) -> f64 {
-    if value == f64::NEG_INFINITY { value } else { lambda * value }
 }
 
 /// a - b; -inf where a is, whatever b.

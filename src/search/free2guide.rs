@@ -10,11 +10,13 @@ use super::method::{Outcome, Plan, SearchMethod};
 use super::params::{Params, entry, largest, name_of, one_of};
 use super::step_search::uniform::Uniform;
 use crate::Result;
-use crate::diffusion::cost::Budget;
+use crate::diffusion::cost::{Budget, Units};
 use crate::diffusion::meter::fits;
 use crate::diffusion::noise::{NoiseKey, Purpose};
 
-const MOST: u64 = 1 << 16;
+const MOST: u64 = 1 << 12;
+/// Steps, guided steps, children.
+type Numbers = (u64, u64, u64);
 /// Guided steps and children of the paper (LaVie), and the most children that its ablation
 /// still gains from.
 const STEPS: u64 = 5;
@@ -43,14 +45,19 @@ impl Guided {
         name_of(&Self::OPTIONS, &self)
     }
 
-    fn steps(self, count: u64, of: usize, key: &NoiseKey) -> Vec<bool> {
-        let count = (count as usize).min(of);
+    /// Which of the steps that are `open` to it. By lot the last step is never taken, as what it
+    /// costs is another thing and no plan must depend on the lot.
+    fn steps(self, count: u64, open: &[usize], of: usize, key: &NoiseKey) -> Vec<bool> {
         let mut guided = vec![false; of];
         match self {
-            Self::First => guided[..count].fill(true),
+            Self::First => {
+                open.iter().take(count as usize).for_each(|step| guided[*step] = true);
+            }
             Self::Random => {
+                let open: Vec<usize> = open.iter().copied().filter(|s| s + 1 < of).collect();
                 let mut rng = key.rng(Purpose::SearchSchedule, 0, 0);
-                sample(&mut rng, of, count).into_iter().for_each(|step| guided[step] = true);
+                let drawn = sample(&mut rng, open.len(), open.len().min(count as usize));
+                drawn.into_iter().for_each(|at| guided[open[at]] = true);
             }
         }
         guided
@@ -84,77 +91,68 @@ fn choice(params: &Map<String, Value>) -> Result<Choice> {
 }
 
 impl Choice {
-    /// As it is run with these numbers. Random steps never include the last, as a plan must not
-    /// depend on the lot.
-    fn search(&self, (steps, guided, children): (u64, u64, u64), key: &NoiseKey) -> Uniform {
-        let steps = steps as usize;
-        let mut marks = match self.guided {
-            Guided::Random if guided < steps as u64 => {
-                let mut marks = self.guided.steps(guided, steps - 1, key);
-                marks.push(false);
-                marks
-            }
-            _ => self.guided.steps(guided, steps, key),
-        };
-        if self.eta == 0.0 {
-            marks.fill(false);
-        }
+    /// As it is run with these numbers.
+    fn search(&self, chain: &Chain, guided: u64, children: u64, key: &NoiseKey) -> Uniform {
+        let mut open = chain.branching();
+        // The released code chooses an initial latent in the place of its first child.
+        open.retain(|step| self.initial < 2 || *step > 0);
+        let guided = self.guided.steps(guided, &open, chain.steps(), key);
         let (initial, cached, alpha) = (self.initial, self.cached, self.alpha);
-        Uniform { guided: marks, children, initial, cached, alpha }
+        Uniform { guided, children, initial, cached, alpha }
     }
 
-    /// (steps, guided steps, children) for a budget.
-    fn within(&self, spec: &EnvSpec, budget: &Budget) -> (u64, u64, u64) {
+    /// What these numbers cost: with as many guided steps as there are, whatever the lot.
+    fn cost(&self, spec: &EnvSpec, (steps, guided, children): Numbers) -> Result<Units> {
+        let chain = Chain::new(spec.schedule, steps as usize, self.eta)?;
+        Ok(self.search(&chain, guided, children, &NoiseKey::new(0)).cost(spec))
+    }
+
+    fn within(&self, spec: &EnvSpec, budget: &Budget) -> Result<Numbers> {
         let full = self.chain_steps.unwrap_or(spec.steps as u64);
+        let chain = Chain::new(spec.schedule, full as usize, self.eta)?;
         let key = NoiseKey::new(0);
-        let cost = |numbers| self.search(numbers, &key).cost(spec);
+        let cost =
+            |guided: u64, children: u64| self.search(&chain, guided, children, &key).cost(spec);
         let given = (self.guided_steps, self.children);
         if !budget.bounds() {
-            return (full, given.0.unwrap_or(STEPS), given.1.unwrap_or(CHILDREN));
+            return Ok((full, given.0.unwrap_or(STEPS), given.1.unwrap_or(CHILDREN)));
         }
-        let affords = |steps: u64, guided: u64| {
-            largest(1..=MOST, budget, |children| cost((steps, guided, children)))
-        };
-        match given {
+        let affords =
+            |guided: u64| largest(1..=MOST, budget, |children| cost(guided, children)).unwrap_or(1);
+        Ok(match given {
             (Some(guided), Some(children)) => (full, guided, children),
             (None, Some(children)) => {
-                let most = largest(0..=full, budget, |guided| cost((full, guided, children)));
+                let most = largest(0..=full, budget, |guided| cost(guided, children));
                 (full, most.unwrap_or(0), children)
             }
-            (Some(guided), None) => (full, guided, affords(full, guided).unwrap_or(1)),
+            (Some(guided), None) => (full, guided, affords(guided)),
             (None, None) => {
                 // More children up to where they help, then more steps.
-                for (guided, most) in [(STEPS, MANY), (2 * STEPS, 21), (4 * STEPS, 23)] {
-                    let guided = guided.min(full);
-                    let children = affords(full, guided).unwrap_or(1);
+                let tried = [(STEPS, MANY), (2 * STEPS, 21), (4 * STEPS, 23)];
+                for (guided, most) in tried.map(|(guided, most)| (guided.min(full), most)) {
+                    let children = affords(guided);
                     if children <= most {
                         return self.cheaper(spec, budget, (full, guided, children));
                     }
                 }
-                let children = affords(full, full - 1).unwrap_or(1).min(MOST_CHILDREN);
-                (full, full - 1, children)
+                (full, full - 1, affords(full - 1).min(MOST_CHILDREN))
             }
-        }
+        })
     }
 
     /// Fewer steps where a trajectory leaves too little for the paper's search.
-    fn cheaper(
-        &self,
-        spec: &EnvSpec,
-        budget: &Budget,
-        numbers: (u64, u64, u64),
-    ) -> (u64, u64, u64) {
+    fn cheaper(&self, spec: &EnvSpec, budget: &Budget, numbers: Numbers) -> Result<Numbers> {
         let (full, _, children) = numbers;
-        if children >= CHILDREN || self.chain_steps.is_some() {
-            return numbers;
+        if children >= CHILDREN || self.chain_steps.is_some() || full < 2 * STEPS {
+            return Ok(numbers);
         }
-        let key = NoiseKey::new(0);
-        let fewer = (full / 2..=full).rev().map(|steps| (steps, STEPS.min(steps), CHILDREN));
-        let mut fitting = fewer.filter(|n| fits(budget, self.search(*n, &key).cost(spec)).is_ok());
-        match fitting.next() {
-            Some(cheaper) if full >= 2 * STEPS => cheaper,
-            _ => numbers,
+        for steps in (full / 2..=full).rev() {
+            let fewer = (steps, STEPS.min(steps), CHILDREN);
+            if fits(budget, self.cost(spec, fewer)?).is_ok() {
+                return Ok(fewer);
+            }
         }
+        Ok(numbers)
     }
 }
 
@@ -203,8 +201,8 @@ impl SearchMethod for Free2Guide {
     fn plan(&self, params: &Map<String, Value>, spec: &EnvSpec, budget: &Budget) -> Result<Plan> {
         let choice = choice(params)?;
         spec.needs_search(self.name())?;
-        let (steps, guided, children) = choice.within(spec, budget);
-        let predicted = choice.search((steps, guided, children), &NoiseKey::new(0)).cost(spec);
+        let (steps, guided, children) = choice.within(spec, budget)?;
+        let predicted = choice.cost(spec, (steps, guided, children))?;
         let params = Map::from_iter([
             ("children".to_owned(), json!(children)),
             ("guided_steps".to_owned(), json!(guided)),
@@ -221,8 +219,8 @@ impl SearchMethod for Free2Guide {
     fn run(&self, plan: &Plan, env: &mut SearchEnv, key: &NoiseKey) -> Result<Outcome> {
         let choice = choice(&plan.params)?;
         let steps = choice.chain_steps.unwrap_or(env.steps as u64);
-        let numbers = (steps, choice.guided_steps.unwrap_or(0), choice.children.unwrap_or(1));
+        let (guided, children) = (choice.guided_steps.unwrap_or(0), choice.children.unwrap_or(1));
         let chain = Chain::new(env.schedule, steps as usize, choice.eta)?;
-        choice.search(numbers, key).run(&chain, env, key)
+        choice.search(&chain, guided, children, key).run(&chain, env, key)
     }
 }

@@ -16,8 +16,8 @@ use crate::diffusion::noise::{NoiseKey, Purpose};
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::{Error, Result};
 
-const MOST: u64 = 1 << 16;
-/// Budget in evaluations from which there are four paths.
+const MOST: u64 = 1 << 10;
+/// Budget in trajectories from which there are four paths; four times that, eight.
 const FOUR_PATHS: u64 = 80;
 
 /// E = N n0 + R N M (L + 1) - N M for N paths, M branches and R rounds; V = Y = R N M. Without
@@ -86,9 +86,11 @@ impl Choice {
             (Some(paths), None) => with(paths, branches(paths).unwrap_or(0)),
             (None, None) => {
                 let enough = FOUR_PATHS * spec.steps as u64 * spec.forwards_per_eval;
-                let rich = budget.f.is_some_and(|f| f >= enough);
-                let tried = if rich { [4, 2, 1].as_slice() } else { [2, 1].as_slice() };
-                let found = tried.iter().find_map(|paths| Some((*paths, branches(*paths)?)));
+                let f = budget.f.unwrap_or(0);
+                let tried = [(8, 4 * enough), (4, enough), (2, 0), (1, 0)].into_iter();
+                let found = tried
+                    .filter(|(_, least)| f >= *least)
+                    .find_map(|(paths, _)| Some((paths, branches(paths)?)));
                 found.map_or_else(|| with(1, 0), |(paths, branches)| with(paths, branches))
             }
         }
@@ -148,6 +150,7 @@ impl SearchMethod for Paths {
     fn plan(&self, params: &Map<String, Value>, spec: &EnvSpec, budget: &Budget) -> Result<Plan> {
         let choice = choice(params)?;
         spec.needs_search(self.name())?;
+        spec.check_steps(Kernel::Ode, spec.steps)?;
         let search = choice.within(spec, budget);
         let params = Map::from_iter([
             ("paths".to_owned(), json!(search.paths)),
@@ -184,7 +187,9 @@ fn sigma(flow: f64) -> f64 {
 /// timesteps, as DDIM's are.
 fn levels(schedule: &NoiseSchedule, from: f64, to: f64, steps: u64) -> Vec<f64> {
     let (high, low) = (schedule.t_of_sigma(from), schedule.t_of_sigma(to));
-    let at = |i: u64| schedule.sigma(high + (low - high) * i as f64 / steps as f64);
+    // Below the schedule's least level there are no timesteps.
+    let at =
+        |i: u64| schedule.sigma(high + (low - high) * i as f64 / steps as f64).min(from).max(to);
     let between = (1..steps).map(at);
     std::iter::once(from).chain(between).chain([to]).collect()
 }
@@ -209,7 +214,7 @@ impl Search {
                 return best.offer(env, &ends, judged);
             }
             let looks = denoise(env, &ends, below)?.x0;
-            let values = env.judge(&looks)?.values;
+            let values = env.values(&looks)?;
             let kept: Vec<usize> = ranking(&values)[..self.paths as usize].to_vec();
             best.note(env, json!({"round": round, "kept": kept, "estimate": values[kept[0]]}));
             paths = pick(&ends, &kept)?;
@@ -230,7 +235,10 @@ impl Search {
             .map(|path| repeat(&pick(paths, &[path])?, self.branches as usize))
             .collect::<Result<Vec<_>>>()?;
         let rows = Tensor::cat(&rows, 0)?;
-        let candidates: Vec<u64> = (0..self.paths * self.branches).collect();
+        // A key for each, however many branches there are.
+        let candidates: Vec<u64> = (0..self.paths)
+            .flat_map(|path| (0..self.branches).map(move |branch| path << 32 | branch))
+            .collect();
         let (shape, device) = (env.latent_shape, env.denoiser.device());
         let noise = key.normal_rows(Purpose::Renoise, round as u64, &candidates, shape, device)?;
         plus(&rows, (above * above - from * from).max(0.0).sqrt(), &noise)

@@ -39,6 +39,7 @@ impl SearchMethod for Plain {
 
     fn plan(&self, params: &Map<String, Value>, spec: &EnvSpec, budget: &Budget) -> Result<Plan> {
         let kernel = kernel(params)?;
+        spec.check_steps(kernel, spec.steps)?;
         let predicted = spec.cost(spec.trajectory_f(kernel), 1);
         let params = Map::from_iter([("kernel".to_owned(), json!(kernel.name()))]);
         Plan::new(self.name(), params, predicted, budget)

@@ -1,16 +1,16 @@
 //! Diffusion tree search (Jain et al. 2025, arXiv 2506.20701): a tree of states whose values are
 //! backed up from finished images, grown where it promises most.
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use rand::Rng;
 use serde_json::{Map, Value, json};
 
 use super::best::Best;
 use super::chain::Chain;
-use super::env::{EnvSpec, SearchEnv};
+use super::env::{EnvSpec, Kernel, SearchEnv};
 use super::method::{Outcome, Plan, SearchMethod};
 use super::params::{Params, entry, largest, name_of, one_of};
-use super::weights::{deviation, first_max, log_mean_exp, softmax};
+use super::weights::{deviation, first_max, log_mean_exp, scaled, softmax};
 use crate::diffusion::cost::{Budget, Units};
 use crate::diffusion::noise::{NoiseKey, Purpose};
 use crate::{Error, Result};
@@ -151,6 +151,8 @@ impl SearchMethod for TreeSearch {
     fn plan(&self, params: &Map<String, Value>, spec: &EnvSpec, budget: &Budget) -> Result<Plan> {
         let choice = choice(params)?;
         spec.needs_search(self.name())?;
+        spec.needs_absolute(self.name())?;
+        spec.check_steps(Kernel::Sde, spec.steps)?;
         let steps = spec.steps as u64;
         let levels = choice.levels(steps)?;
         let bounded = budget.bounds();
@@ -163,7 +165,9 @@ impl SearchMethod for TreeSearch {
         let possible = most_rollouts(evaluations, steps, &levels);
         let most = largest(1..=possible, &images, |n| units(0, n));
         let most = most.unwrap_or(if images.bounds() { 1 } else { possible });
-        let rollouts = choice.rollouts.unwrap_or(possible).min(most);
+        // Between one and two trajectories there is one.
+        let few = choice.evaluations.is_none() && evaluations < 2 * steps;
+        let rollouts = choice.rollouts.unwrap_or(if few { 1 } else { possible }).min(most);
         if evaluations < steps {
             let message = format!("{evaluations} evaluations, a trajectory takes {steps}");
             return Err(match choice.evaluations {
@@ -202,7 +206,7 @@ struct Node {
     parent: Option<usize>,
     /// Which level its children branch at: the root's is none.
     level: Option<usize>,
-    /// [1, C, h, w]; none of the root.
+    /// [1, C, h, w] in the host's memory; none of the root.
     state: Option<Tensor>,
     children: Vec<usize>,
     visits: f64,
@@ -257,7 +261,7 @@ impl Tree {
                 // Other rollouts of the batch see it as visited.
                 self.visit(node, 1.0);
                 let x = match &self.nodes[node].state {
-                    Some(state) => state.clone(),
+                    Some(state) => state.to_device(env.denoiser.device())?,
                     None => env.initial_noise(key, &[candidate])?,
                 };
                 descents.push(Descent { node, candidate, x, from: from as usize });
@@ -287,7 +291,7 @@ impl Tree {
             let chosen = match self.choice.selection {
                 Selection::Sample => {
                     let lambda = self.lambda();
-                    let scaled: Vec<f64> = values.iter().map(|v| v * lambda).collect();
+                    let scaled: Vec<f64> = values.iter().map(|v| scaled(lambda, *v)).collect();
                     let mut target: f64 = rng.random();
                     let inside = |weight: &f64| {
                         target -= weight;
@@ -344,7 +348,7 @@ impl Tree {
             if let Some(level) = level {
                 for descent in &mut active {
                     if self.nodes[descent.node].level.is_none_or(|above| above < level) {
-                        let state = Some(descent.x.clone());
+                        let state = Some(descent.x.to_device(&Device::Cpu)?);
                         self.nodes.push(Node::below(Some(descent.node), Some(level), state));
                         let new = self.nodes.len() - 1;
                         self.nodes[descent.node].children.push(new);

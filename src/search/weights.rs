@@ -20,10 +20,10 @@ pub fn ranking(values: &[f64]) -> Vec<usize> {
     places
 }
 
-/// exp(v) normalised; uniform where all are -inf.
+/// exp(v) normalised; uniform where all are -inf, or none is a number.
 pub fn softmax(values: &[f64]) -> Vec<f64> {
     let (_, top) = first_max(values);
-    if top == f64::NEG_INFINITY {
+    if !top.is_finite() {
         return vec![1.0 / values.len() as f64; values.len()];
     }
     let exp: Vec<f64> = values.iter().map(|value| (value - top).exp()).collect();
@@ -39,6 +39,11 @@ pub fn log_mean_exp(values: &[f64]) -> f64 {
     }
     let mean = values.iter().map(|value| (value - top).exp()).sum::<f64>() / values.len() as f64;
     top + mean.ln()
+}
+
+/// lambda v; -inf where scoring failed, at lambda 0 too.
+pub fn scaled(lambda: f64, value: f64) -> f64 {
+    if value == f64::NEG_INFINITY { value } else { lambda * value }
 }
 
 /// 1 / sum of squared weights, of normalised ones.

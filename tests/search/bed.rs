@@ -127,6 +127,7 @@ pub struct Bed {
     pub cancel_after: Option<u64>,
 }
 
+#[derive(Debug)]
 pub struct Run {
     pub plan: Plan,
     pub outcome: Outcome,
@@ -193,17 +194,19 @@ impl Bed {
         self
     }
 
-    pub fn spec(&self) -> EnvSpec {
+    pub fn spec(&self) -> EnvSpec<'_> {
+        let names: Vec<&str> =
+            self.searched.iter().flat_map(|t| t.split(|c: char| "()+:".contains(c))).collect();
         let calls = |searched: bool| {
-            let rewards = self.rewards.iter();
-            let rewards = rewards.filter(|r| (Some(r.name()) == self.searched) == searched);
+            let rewards = self.rewards.iter().filter(|r| names.contains(&r.name()) == searched);
             rewards.map(|reward| reward.external_calls()).sum()
         };
         EnvSpec {
+            schedule: &self.schedule,
+            relative: self.searched.is_some_and(|text| text.contains('(')),
             steps: self.steps,
             solver: self.solver.kind,
             forwards_per_eval: self.cond.forwards_per_eval(),
-            last_step_branches: self.schedule.final_abar() < 1.0,
             searches: self.searched.is_some(),
             reports: !self.rewards.is_empty(),
             search_calls: calls(true),

@@ -70,7 +70,7 @@ fn bounded(plan: &search::Plan) -> bool {
     plan.method == "tree-search" || plan.params.get("policy") == Some(&json!("rollover"))
 }
 
-fn check(bed: &Bed, plan: search::Plan, seed: u64) -> Result<()> {
+pub fn check(bed: &Bed, plan: search::Plan, seed: u64) -> Result<()> {
     let (predicted, bounds) = (plan.predicted, bounded(&plan));
     let run = bed.run_plan(plan, bed.budget, seed)?;
     if bounds {

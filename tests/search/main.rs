@@ -7,4 +7,5 @@ mod laws;
 mod memory;
 mod methods;
 mod reductions;
+mod requests;
 mod trajectory;

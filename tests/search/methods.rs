@@ -214,6 +214,17 @@ fn parameters_are_checked_by_name() {
 }
 
 #[test]
+fn every_method_stops_when_it_is_cancelled() -> Result<()> {
+    for (method, params) in crate::reductions::searching() {
+        let mut bed = Bed::new(reward(sum));
+        bed.cancel_after = Some(2);
+        let error = bed.run(method, params.clone(), 3).unwrap_err();
+        assert!(matches!(error, Error::Cancelled), "{method} {params}: {error}");
+    }
+    Ok(())
+}
+
+#[test]
 fn every_method_describes_its_parameters() {
     let listings = search::listings();
     for (i, listing) in listings.iter().enumerate() {

@@ -134,6 +134,11 @@ impl Backend for Fake {
         // A failed score may arrive as no number at all or as one that is not finite.
         let failed = if r.seed == 0 { None } else { Some(f64::NAN) };
         let judge = if fails { failed } else { Some(0.5 * base + 0.1 * best) };
+        let lot = |k: u64| luck(&format!("{}|{}|{k}", r.prompt, r.seed));
+        let all = |of: &dyn Fn(f64) -> f64| (0..planned.cost.v).map(|k| of(lot(k))).collect();
+        let (clips, judges): (Vec<f64>, Vec<f64>) = (all(&|l| l), all(&|l| 1.0 - l));
+        let observed = r.method.get("observe") == Some(&json!(true));
+        let candidates = json!({"candidates": {"clip": clips, "judge": judges}});
         let seconds = BTreeMap::from([("unet".to_owned(), planned.cost.f as f64 * 1e-3)]);
         Ok(Generation {
             images: vec![GeneratedImage {
@@ -147,7 +152,7 @@ impl Backend for Fake {
             },
             resolved: r.clone(),
             model: ModelRef { id: "fake".into(), sha256: "0123456789abcdef".into() },
-            trace: vec![],
+            trace: if observed { vec![candidates] } else { vec![] },
         })
     }
 }

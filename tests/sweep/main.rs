@@ -252,6 +252,52 @@ fn a_broken_line_in_the_middle_is_an_error_with_its_number() {
 }
 
 #[test]
+fn smaller_budgets_are_replayed_from_the_largest() {
+    let bench = Bench::new(2);
+    let flags = "--methods plain,best-of-n --budgets 50,100,200,400 --seeds 0..2 --replay";
+    let tally = bench.sweep("a", flags, &Fake::default()).unwrap();
+    // Plain at four budgets, best-of-n at the largest and, as plain, at the one it cannot pay.
+    assert_eq!((tally.ran, tally.remaining), (2 * 2 * (4 + 1 + 1), 0));
+    let cells = bench.cells("a");
+    let kept = cells.iter().filter(|c| c.candidates.is_some());
+    assert!(
+        kept.clone().all(|c| c.budget == 400 && c.candidates.as_ref().unwrap()["clip"].len() == 4)
+    );
+    let mean = |of: &dyn Fn(&[f64]) -> f64| {
+        let scores = kept.clone().map(|c| {
+            let clip: Vec<f64> =
+                c.candidates.as_ref().unwrap()["clip"].iter().map(|s| s.unwrap()).collect();
+            of(&clip)
+        });
+        scores.clone().sum::<f64>() / scores.count() as f64
+    };
+    let one = mean(&|clip| clip.iter().sum::<f64>() / 4.0);
+    let two = mean(&|clip| {
+        let pairs = (0..4).flat_map(|a| (0..a).map(move |b| (a, b)));
+        pairs.map(|(a, b)| clip[a].max(clip[b])).sum::<f64>() / 6.0
+    });
+    let mut reader = csv::Reader::from_path(bench.out("a").join("summary.csv")).unwrap();
+    let header = reader.headers().unwrap().clone();
+    let rows: Vec<csv::StringRecord> = reader.records().map(|row| row.unwrap()).collect();
+    let at = |name: &str| header.iter().position(|h| h == name).unwrap();
+    let clip = header.iter().position(|h| h.contains("clip")).unwrap();
+    for (budget, expected) in [("100", one), ("200", two)] {
+        let row = rows
+            .iter()
+            .find(|r| &r[at("method")] == "best-of-n" && &r[at("budget")] == budget)
+            .unwrap_or_else(|| panic!("no row at {budget}"));
+        let found: f64 = row[clip].parse().unwrap();
+        assert!((found - expected).abs() < 1e-6, "{budget}: {found} is not {expected}");
+    }
+    // A folder with cells of another kind is not mixed with these.
+    let again = bench.sweep("a", flags.trim_end_matches(" --replay"), &Fake::default());
+    assert!(again.unwrap_err().to_string().contains("replay"));
+    let flags = "--methods best-of-n --reward clip+judge --held-out none --replay";
+    let error = bench.sweep("b", flags, &Fake::default()).unwrap_err().to_string();
+    assert!(error.starts_with("replay"), "{error}");
+}
+
+#[test]
 fn adapters_and_parameters_reach_the_request() {
     let bench = Bench::new(1);
     let fake = Fake::default();

@@ -48,7 +48,7 @@ impl Block {
             env.tell(None);
             let decides = (step as u64 + 1).is_multiple_of(self.length) || step + 1 == last;
             if decides && self.children > 1 {
-                let (child, value) = first_max(&env.judge(&ahead.x0)?.values);
+                let (child, value) = first_max(&env.values(&ahead.x0)?);
                 best.note(env, json!({"step": step, "child": child, "estimate": value}));
                 ahead = ahead.row(child)?;
             }

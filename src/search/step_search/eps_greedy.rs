@@ -8,6 +8,7 @@ use serde_json::json;
 use crate::Result;
 use crate::diffusion::cost::Units;
 use crate::diffusion::noise::{NoiseKey, Purpose};
+use crate::rewards::ensemble::Marks;
 use crate::search::best::Best;
 use crate::search::chain::{Ahead, Chain, repeat};
 use crate::search::env::{EnvSpec, SearchEnv};
@@ -28,6 +29,14 @@ pub struct EpsGreedy {
     pub renormalise: bool,
 }
 
+/// The best child of a step so far.
+struct Found {
+    value: f64,
+    child: u64,
+    marks: Marks,
+    look: Ahead,
+}
+
 impl EpsGreedy {
     pub fn cost(&self, spec: &EnvSpec, steps: u64) -> Units {
         let tries = (steps - 1) * self.children * self.rounds;
@@ -46,11 +55,11 @@ impl EpsGreedy {
                 key.normal(purpose, step as u64, candidate, shape, &Device::Cpu)
             };
             let mut pivot = draw(u64::MAX, Purpose::SearchProposal)?;
-            let mut found: Option<(f64, u64, Ahead)> = None;
+            let mut found: Option<Found> = None;
             for round in 0..self.rounds {
-                let candidates = round * self.children..(round + 1) * self.children;
+                // A key for each, however many a round has.
+                let candidates = (0..self.children).map(|child| round << 32 | child);
                 let noises = candidates
-                    .clone()
                     .map(|candidate| {
                         let mut rng = key.rng(Purpose::SearchSchedule, step as u64, candidate);
                         if rng.random::<f64>() < self.epsilon {
@@ -64,15 +73,20 @@ impl EpsGreedy {
                 let means = repeat(&ahead.mean, noises.len())?;
                 let children = chain.advance(step, &means, &noise)?;
                 let looks = chain.look(env, &children, step + 1)?;
-                let values = env.judge(&looks.x0)?.values;
-                let (at, value) = first_max(&values);
-                if found.as_ref().is_none_or(|(best, ..)| value > *best) {
+                // Compared with the best so far as candidates of one decision.
+                let known = found.as_ref().map(|found: &Found| found.marks.clone());
+                let before = usize::from(known.is_some());
+                let marks: Vec<Marks> = known.into_iter().chain(env.marks(&looks.x0)?).collect();
+                let (at, value) = first_max(&env.verifier.values(&marks));
+                if let Some(at) = at.checked_sub(before) {
                     pivot = noises[at].clone();
-                    found = Some((value, candidates.start + at as u64, looks.row(at)?));
+                    let child = round * self.children + at as u64;
+                    let marks = marks[at + before].clone();
+                    found = Some(Found { value, child, marks, look: looks.row(at)? });
                 }
                 env.tell(None);
             }
-            if let Some((value, child, look)) = found {
+            if let Some(Found { value, child, look, .. }) = found {
                 best.note(env, json!({"step": step, "child": child, "estimate": value}));
                 ahead = look;
             }

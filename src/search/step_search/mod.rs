@@ -21,6 +21,8 @@ use crate::diffusion::noise::NoiseKey;
 use crate::{Error, Result};
 
 const MOST: u64 = 1 << 20;
+/// Most latents that are held at once.
+const WIDEST: u64 = 1 << 12;
 
 /// SVDD, CoDe, epsilon-greedy and rollover budget forcing.
 #[derive(Clone, Copy, Debug)]
@@ -74,26 +76,32 @@ fn choice(params: &Map<String, Value>) -> Result<Choice> {
     let params = Params::new(params, &StepSearch.params())?;
     Ok(Choice {
         policy: params.choice("policy", &Policy::OPTIONS)?.unwrap_or(Policy::Rollover),
-        children: params.integer("children", 1..=MOST)?,
+        children: params.integer("children", 1..=WIDEST)?,
         length: params.integer("length", 1..=1000)?.unwrap_or(2),
         rounds: params.integer("rounds", 1..=MOST)?,
         radius: params.number("radius", 0.0..=1e3)?.unwrap_or(0.15),
         epsilon: params.number("epsilon", 0.0..=1.0)?.unwrap_or(0.4),
         renormalise: params.boolean("renormalise")?.unwrap_or(true),
         evaluations: params.integer("evaluations", 1..=MOST)?,
-        initial: params.integer("initial", 1..=MOST)?,
-        batch: params.integer("batch", 1..=MOST)?.unwrap_or(1),
-        chain_steps: params.integer("chain_steps", 2..=1000)?,
+        initial: params.integer("initial", 1..=WIDEST)?,
+        batch: params.integer("batch", 1..=WIDEST)?.unwrap_or(1),
+        chain_steps: params.integer("chain_steps", 1..=1000)?,
     })
 }
 
 impl Choice {
     /// With every number decided, where `children` and `rounds` are.
-    fn search(&self, steps: u64, evaluations: u64) -> Search {
+    fn search(&self, chain: &Chain, evaluations: u64) -> Search {
+        let steps = chain.steps();
         let children = self.children.unwrap_or(1);
         match self.policy {
             Policy::Uniform => Search::Uniform(Uniform {
-                guided: (1..=steps).map(|step| step < steps).collect(),
+                guided: {
+                    let mut guided = vec![false; steps];
+                    let open = chain.branching().into_iter().filter(|step| step + 1 < steps);
+                    open.for_each(|step| guided[step] = true);
+                    guided
+                },
                 children,
                 initial: 1,
                 cached: true,
@@ -114,8 +122,9 @@ impl Choice {
         }
     }
 
-    fn cost(&self, spec: &EnvSpec, steps: u64, evaluations: u64) -> Units {
-        match self.search(steps, evaluations) {
+    fn cost(&self, spec: &EnvSpec, chain: &Chain, evaluations: u64) -> Units {
+        let steps = chain.steps() as u64;
+        match self.search(chain, evaluations) {
             Search::Uniform(uniform) => uniform.cost(spec),
             Search::Block(block) => block.cost(spec, steps),
             Search::EpsGreedy(greedy) => greedy.cost(spec, steps),
@@ -123,56 +132,63 @@ impl Choice {
         }
     }
 
-    /// The choice with its numbers for a budget, its steps and its evaluations.
-    fn within(&self, spec: &EnvSpec, budget: &Budget) -> Result<(Self, u64, u64)> {
-        let asked = self.chain_steps.unwrap_or(spec.steps as u64).max(2);
+    /// The choice with its numbers for a budget, its sampler and its evaluations.
+    fn within(&self, spec: &EnvSpec, budget: &Budget) -> Result<(Self, Chain, u64)> {
+        let asked = self.chain_steps.unwrap_or(spec.steps as u64);
+        let chain = Chain::new(spec.schedule, asked as usize, 1.0)?;
         let bounded = budget.bounds();
         let with = |children: u64, rounds: u64| {
             let children = self.children.unwrap_or(children);
             let rounds = self.rounds.unwrap_or(rounds);
             Self { children: Some(children), rounds: Some(rounds), ..*self }
         };
+        // Nothing to search with: one trajectory.
+        let plain = Self { policy: Policy::Uniform, children: Some(1), ..with(1, 1) };
         if self.policy == Policy::Rollover {
-            let cost = |steps: u64| move |e: u64| self.cost(spec, steps, e);
-            let affordable = largest(1..=MOST, budget, cost(asked)).or(bounded.then_some(1));
+            let cost = |e: u64| self.cost(spec, &chain, e);
+            let affordable = largest(1..=MOST, budget, cost).or(bounded.then_some(1));
             let evaluations = self.evaluations.or(affordable).unwrap_or(10 * asked);
             // Half the steps leave more to search where there is little.
             let steps = match self.chain_steps {
-                None if evaluations <= 10 * asked => asked.div_ceil(2).max(2),
+                None if evaluations <= 10 * asked => asked.div_ceil(2),
                 _ => asked,
             };
             let initial = self.initial.unwrap_or_else(|| Rollover::initial_for(evaluations));
             if evaluations >= initial + steps - 1 {
-                return Ok((with(1, 1), steps, evaluations));
+                let chain = Chain::new(spec.schedule, steps as usize, 1.0)?;
+                return Ok((with(1, 1), chain, evaluations));
             }
-            if self.evaluations.or(self.initial).is_some() {
-                let message = format!(
-                    "{evaluations} evaluations are fewer than {initial} initial latents and {} \
-                     steps take",
-                    steps - 1
-                );
-                return Err(Error::invalid("method.evaluations", message));
+            if self.evaluations.is_none() && bounded {
+                return Ok((plain, chain, 0));
             }
-            // Nothing to search with: one trajectory.
-            let plain = Self { policy: Policy::Uniform, ..with(1, 1) };
-            return Ok((Self { children: Some(1), ..plain }, asked, 0));
+            let message = format!(
+                "{evaluations} evaluations are fewer than {initial} initial latents and {} steps \
+                 take",
+                steps - 1
+            );
+            return Err(Error::invalid("method.evaluations", message));
         }
         let (children, rounds) = match self.policy {
             Policy::EpsGreedy => (4, 20),
             Policy::Block => (25, 1),
             _ => (20, 1),
         };
-        let affordable =
-            |of: &dyn Fn(u64) -> Self| largest(1..=MOST, budget, |n| of(n).cost(spec, asked, 0));
+        let affordable = |most: u64, of: &dyn Fn(u64) -> Self| {
+            largest(1..=most, budget, |n| of(n).cost(spec, &chain, 0))
+        };
+        let given = self.children.is_some() || self.rounds.is_some();
         let decided = match self.policy {
             _ if !bounded => with(children, rounds),
-            Policy::EpsGreedy => match affordable(&|rounds| with(4, rounds)) {
+            Policy::EpsGreedy => match affordable(MOST, &|rounds| with(4, rounds)) {
                 Some(rounds) => with(4, rounds),
-                None => with(affordable(&|children| with(children, 1)).unwrap_or(1), 1),
+                None => match affordable(4, &|children| with(children, 1)) {
+                    None | Some(1) if !given => plain,
+                    children => with(children.unwrap_or(1), 1),
+                },
             },
-            _ => with(affordable(&|children| with(children, 1)).unwrap_or(1), 1),
+            _ => with(affordable(WIDEST, &|children| with(children, 1)).unwrap_or(1), 1),
         };
-        Ok((decided, asked, 0))
+        Ok((decided, chain, 0))
     }
 }
 
@@ -250,14 +266,14 @@ impl SearchMethod for StepSearch {
     fn plan(&self, params: &Map<String, Value>, spec: &EnvSpec, budget: &Budget) -> Result<Plan> {
         let choice = choice(params)?;
         spec.needs_search(self.name())?;
-        let (choice, steps, evaluations) = choice.within(spec, budget)?;
-        let cost = choice.cost(spec, steps, evaluations);
+        let (choice, chain, evaluations) = choice.within(spec, budget)?;
+        let cost = choice.cost(spec, &chain, evaluations);
         let mut params = Map::from_iter([
             ("policy".to_owned(), json!(choice.policy.name())),
-            ("chain_steps".to_owned(), json!(steps)),
+            ("chain_steps".to_owned(), json!(chain.steps())),
         ]);
         let mut put = |name: &str, value: Value| params.insert(name.to_owned(), value);
-        match choice.search(steps, evaluations) {
+        match choice.search(&chain, evaluations) {
             Search::Uniform(uniform) => {
                 put("children", json!(uniform.children));
             }
@@ -285,7 +301,7 @@ impl SearchMethod for StepSearch {
         let choice = choice(&plan.params)?;
         let steps = choice.chain_steps.unwrap_or(env.steps as u64);
         let chain = Chain::new(env.schedule, steps as usize, 1.0)?;
-        match choice.search(steps, choice.evaluations.unwrap_or(0)) {
+        match choice.search(&chain, choice.evaluations.unwrap_or(0)) {
             Search::Uniform(uniform) => uniform.run(&chain, env, key),
             Search::Block(block) => block.run(&chain, env, key),
             Search::EpsGreedy(greedy) => greedy.run(&chain, env, key),

@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::Result;
 use crate::diffusion::cost::Units;
 use crate::diffusion::noise::NoiseKey;
+use crate::rewards::ensemble::Marks;
 use crate::search::best::Best;
 use crate::search::chain::{Ahead, Chain, repeat};
 use crate::search::env::{EnvSpec, SearchEnv};
@@ -43,8 +44,10 @@ impl Rollover {
         let candidates: Vec<u64> = (0..self.initial).collect();
         let latents = env.initial_noise(key, &candidates)?;
         let looks = chain.look(env, &latents, 0)?;
-        let (at, mut top) = first_max(&env.judge(&looks.x0)?.values);
-        best.note(env, json!({"initial": at, "estimate": top}));
+        let marks = env.marks(&looks.x0)?;
+        let (at, value) = first_max(&env.verifier.values(&marks));
+        let mut top = marks[at].clone();
+        best.note(env, json!({"initial": at, "estimate": value}));
         let mut ahead = looks.row(at)?;
         let share = ((self.evaluations - self.initial) / (last as u64).max(1)).max(1);
         let mut quota = share;
@@ -55,7 +58,7 @@ impl Rollover {
                 let tried: Vec<u64> = (level.tries..level.tries + count).collect();
                 let noise = chain.noise(env, key, step, &tried)?;
                 let children = chain.advance(step, &repeat(&ahead.mean, tried.len())?, &noise)?;
-                let better = level.add(chain, env, &children, step + 1, top)?;
+                let better = level.add(chain, env, &children, step + 1, &top)?;
                 env.tell(None);
                 if better || level.tries >= quota {
                     break better;
@@ -63,8 +66,10 @@ impl Rollover {
             };
             quota = share + if accepted { quota - level.tries } else { 0 };
             let tries = level.tries;
-            if let Some((value, child, look)) = level.found {
-                top = top.max(value);
+            if let Some(Found { value, child, marks, look }) = level.found {
+                if accepted {
+                    top = marks;
+                }
                 ahead = look;
                 best.note(
                     env,
@@ -80,30 +85,49 @@ impl Rollover {
     }
 }
 
+/// The child that goes on, so far.
+struct Found {
+    value: f64,
+    child: u64,
+    marks: Marks,
+    look: Ahead,
+}
+
 /// The children of a state that were tried so far.
 struct Level {
     tries: u64,
-    found: Option<(f64, u64, Ahead)>,
+    found: Option<Found>,
 }
 
 impl Level {
-    /// Looks at more of them; whether one is better than `top`, which then is the one found.
+    /// Looks at more of them; whether one is better than the best so far, whose marks are `top`.
+    /// Then that is the one found.
     fn add(
         &mut self,
         chain: &Chain,
         env: &mut SearchEnv,
         children: &Tensor,
         step: usize,
-        top: f64,
+        top: &Marks,
     ) -> Result<bool> {
         let looks = chain.look(env, children, step)?;
-        let values = env.judge(&looks.x0)?.values;
-        let first = values.iter().position(|value| *value > top);
-        let at = first.unwrap_or_else(|| first_max(&values).0);
-        if first.is_some() || self.found.as_ref().is_none_or(|(best, ..)| values[at] > *best) {
-            self.found = Some((values[at], self.tries + at as u64, looks.row(at)?));
+        let tried = env.marks(&looks.x0)?;
+        // As candidates of one decision: the best so far, what was found here, and the new ones.
+        let known = std::iter::once(top).chain(self.found.as_ref().map(|found| &found.marks));
+        let marks: Vec<Marks> = known.chain(&tried).cloned().collect();
+        let values = env.verifier.values(&marks);
+        let (known, new) = values.split_at(values.len() - tried.len());
+        let first = new.iter().position(|value| *value > known[0]);
+        let at = first.unwrap_or_else(|| first_max(new).0);
+        if first.is_some() || known.get(1).is_none_or(|found| new[at] > *found) {
+            self.found = Some(Found {
+                value: new[at],
+                child: self.tries + at as u64,
+                marks: tried[at].clone(),
+                look: looks.row(at)?,
+            });
         }
-        self.tries += values.len() as u64;
+        self.tries += tried.len() as u64;
         Ok(first.is_some())
     }
 }

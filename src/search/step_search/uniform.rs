@@ -15,7 +15,7 @@ use crate::search::weights::{first_max, softmax};
 /// Which steps are guided, and how.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Uniform {
-    /// One for each step of the sampler.
+    /// One for each step of the sampler; of steps whose children differ alone.
     pub guided: Vec<bool>,
     /// Children of a guided step.
     pub children: u64,
@@ -28,18 +28,16 @@ pub struct Uniform {
 }
 
 impl Uniform {
-    /// Guided steps at which children differ, and whether the last step is among them.
-    fn searched(&self, spec: &EnvSpec) -> (u64, bool) {
-        if self.children < 2 {
+    /// Guided steps before the last, and whether the last is one.
+    fn searched(&self) -> (u64, bool) {
+        let Some((last, before)) = self.guided.split_last().filter(|_| self.children > 1) else {
             return (0, false);
-        }
-        let last = self.guided.len() - 1;
-        let before = self.guided[..last].iter().filter(|guided| **guided).count() as u64;
-        (before, self.guided[last] && spec.last_step_branches)
+        };
+        (before.iter().filter(|guided| **guided).count() as u64, *last)
     }
 
     pub fn cost(&self, spec: &EnvSpec) -> Units {
-        let (steps, last) = self.searched(spec);
+        let (steps, last) = self.searched();
         let reused = u64::from(self.cached && self.alpha == 0.0);
         let evaluations =
             self.initial + (self.guided.len() as u64 - 1) + steps * (self.children - reused);
@@ -59,7 +57,7 @@ impl Uniform {
                 Some(ahead) => ahead,
                 None => chain.look(env, &x, step)?,
             };
-            if self.children < 2 || !self.guided[step] || !chain.branches(step) {
+            if self.children < 2 || !self.guided[step] {
                 let noise = chain.noise(env, key, step, &[0])?;
                 x = chain.advance(step, &ahead.mean, &noise)?;
                 env.tell(None);
@@ -75,7 +73,7 @@ impl Uniform {
                 return best.finish(env);
             }
             let looks = chain.look(env, &children, step + 1)?;
-            let values = env.judge(&looks.x0)?.values;
+            let values = env.values(&looks.x0)?;
             let (child, value) = first_max(&values);
             best.note(env, json!({"step": step, "child": child, "estimate": value}));
             if self.alpha == 0.0 {
@@ -103,7 +101,7 @@ impl Uniform {
             return Ok((x, None));
         }
         let looks = chain.look(env, &x, 0)?;
-        let (at, value) = first_max(&env.judge(&looks.x0)?.values);
+        let (at, value) = first_max(&env.values(&looks.x0)?);
         best.note(env, json!({"initial": at, "estimate": value}));
         Ok((pick(&x, &[at])?, Some(looks.row(at)?)))
     }
@@ -111,7 +109,8 @@ impl Uniform {
 
 /// The noises' mean, weighted by exp(value / alpha).
 fn mixed(noise: &Tensor, values: &[f64], alpha: f64) -> Result<Tensor> {
-    let scaled: Vec<f64> = values.iter().map(|value| value / alpha).collect();
+    let (_, top) = first_max(values);
+    let scaled: Vec<f64> = values.iter().map(|value| (value - top) / alpha).collect();
     let weights: Vec<f32> = softmax(&scaled).into_iter().map(|w| w as f32).collect();
     let weights = Tensor::from_vec(weights, (values.len(), 1, 1, 1), noise.device())?;
     Ok(noise.broadcast_mul(&weights)?.sum_keepdim(0)?)
