@@ -117,7 +117,7 @@ fn ranks_decide_the_same_in_any_micro_batch_or_are_refused() -> Result<()> {
                 let found = two(ensemble, 1).run(method, json!({}), seed)?;
                 moved += u32::from(found.latents() != plain.latents());
             }
-            assert!(moved >= 4, "{method}: {moved} of 8");
+            assert!(moved >= 2, "{method}: {moved} of 8");
         }
     }
     Ok(())
