@@ -53,7 +53,7 @@ pub fn effective_size(weights: &[f64]) -> f64 {
 
 /// Systematic resampling: one uniform number, evenly spaced pointers. With uniform weights every
 /// place is kept once, in order.
-pub fn systematic(weights: &[f64], rng: &mut impl Rng) -> Vec<usize> {
+pub fn systematic<R: Rng>(weights: &[f64], rng: &mut R) -> Vec<usize> {
     let n = weights.len();
     let offset: f64 = rng.random();
     let mut places = Vec::with_capacity(n);
@@ -71,7 +71,7 @@ pub fn systematic(weights: &[f64], rng: &mut impl Rng) -> Vec<usize> {
 }
 
 /// n independent draws.
-pub fn multinomial(weights: &[f64], rng: &mut impl Rng) -> Vec<usize> {
+pub fn multinomial<R: Rng>(weights: &[f64], rng: &mut R) -> Vec<usize> {
     let draw = |target: f64| {
         let mut sum = 0.0;
         let inside = |w: &f64| {
@@ -130,8 +130,7 @@ mod tests {
     fn resampling_is_unbiased() {
         let weights = [0.1, 0.45, 0.0, 0.25, 0.2];
         let mut rng = ChaCha8Rng::seed_from_u64(2);
-        let schemes: [fn(&[f64], &mut ChaCha8Rng) -> Vec<usize>; 2] = [systematic, multinomial];
-        for scheme in schemes {
+        for scheme in [systematic::<ChaCha8Rng>, multinomial] {
             let (rounds, mut counts) = (20_000, [0.0; 5]);
             for _ in 0..rounds {
                 scheme(&weights, &mut rng).into_iter().for_each(|at| counts[at] += 1.0);
