@@ -14,6 +14,7 @@ use crate::data::prompts::{self, PromptList, PromptSource};
 use crate::data::scenes::Split;
 use crate::engine::request::{Listing, ModelRef};
 use crate::engine::{Backend, CancelToken};
+use crate::rewards::ensemble;
 use crate::{Error, Result};
 
 /// The reward held out unless another is named.
@@ -238,12 +239,6 @@ fn replays(reward: &str, known: &[Listing]) -> bool {
     listed.is_some_and(|l| l.params.get("higher_is_better") != Some(&serde_json::json!(false)))
 }
 
-/// Names in the text of a reward or an ensemble of several.
-pub(super) fn members(text: &str) -> Vec<&str> {
-    let list = text.strip_suffix(')').and_then(|t| t.split_once('(')).map_or(text, |(_, l)| l);
-    list.split('+').map(|part| part.split_once(':').map_or(part, |(name, _)| name).trim()).collect()
-}
-
 /// The searched and the held-out reward.
 fn rewards(
     reward: Option<String>,
@@ -252,7 +247,7 @@ fn rewards(
 ) -> Result<(String, Option<String>)> {
     let names = || known.iter().map(|k| k.name.clone());
     // Of an ensemble every member.
-    for name in reward.iter().flat_map(|text| members(text)) {
+    for name in reward.as_deref().map(ensemble::names).transpose()?.into_iter().flatten() {
         check("reward", "reward", name, known)?;
     }
     if let Some(name) = held_out.as_ref().filter(|name| *name != "none") {
@@ -268,15 +263,17 @@ fn rewards(
                 .ok_or_else(|| Error::invalid("reward", "the backend has no reward"))?
         }
     };
+    let members = ensemble::names(&searched)?;
+    let is_searched = |name: &str| members.contains(&name);
     let held_out = match held_out {
         Some(name) if name == "none" => None,
-        Some(name) if members(&searched).contains(&name.as_str()) => {
+        Some(name) if is_searched(&name) => {
             return Err(Error::invalid("held_out", format!("{name} is the searched reward")));
         }
         Some(name) => Some(name),
         None => names()
-            .find(|n| n == JUDGE && !members(&searched).contains(&n.as_str()))
-            .or_else(|| names().find(|n| !members(&searched).contains(&n.as_str()))),
+            .find(|n| n == JUDGE && !is_searched(n))
+            .or_else(|| names().find(|n| !is_searched(n))),
     };
     Ok((searched, held_out))
 }

@@ -118,7 +118,7 @@ pub struct Layer {
     /// scores: their mean over all choices of fewer candidates
     #[arg(long, env = "DS_BENCH_REPLAY", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub replay: Option<bool>,
-    /// Reward that searches maximise [default: the first that is not the held-out one]
+    /// Reward that searches maximise, or an ensemble such as a:0.75+b:0.25 or rank(a+b) [default: the first that is not the held-out one]
     #[arg(long, env = "DS_BENCH_REWARD", value_name = "NAME")]
     pub reward: Option<String>,
     /// Reward that nothing is searched by, drawn beside it, or "none"

@@ -1,9 +1,9 @@
 //! `ds-bench scene-report`: a sweep's scores by category of the scene world.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 
-use super::cell::{self, Cell};
+use super::cell::{self, Cell, CellKey};
 use super::manifest::Manifest;
 use super::stats::{Bootstrap, Estimate};
 use super::summary::reference_cells;
@@ -44,32 +44,31 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Values of a row's prompts, with their categories.
-type Prompts = BTreeMap<usize, (Category, Vec<f64>)>;
-/// Rows by method and budget.
-type Rows = BTreeMap<(String, u64), Prompts>;
+/// What there is of every prompt, with its category, by method and budget.
+type Rows<T = f64> = BTreeMap<(String, u64), BTreeMap<usize, (Category, Vec<T>)>>;
+
+/// Adds what there is of a cell; not of one whose prompt is no scene's.
+fn put<T>(rows: &mut Rows<T>, cell: &Cell, value: T) {
+    let Ok(caption) = Caption::parse(&cell.prompt) else { return };
+    let row = rows.entry((cell.requested().to_owned(), cell.budget)).or_default();
+    let prompt = row.entry(cell.prompt_index);
+    prompt.or_insert_with(|| (caption.category(), Vec::new())).1.push(value);
+}
 
 /// The tables of a sweep; differences are from the cells of `reference`. Empty without a score.
 pub fn report(cells: &[Cell], reference: &[&Cell], reward: &str) -> String {
     let score = |cell: &Cell| cell.scores.get(reward).copied().flatten();
     let plain: HashMap<(usize, u64), f64> =
         reference.iter().filter_map(|c| Some(((c.prompt_index, c.seed), score(c)?))).collect();
-    let is_reference = |c: &Cell| reference.iter().any(|r| r.key() == c.key());
-    let mut means = Rows::new();
-    let mut differences = Rows::new();
+    let own: HashSet<CellKey> = reference.iter().map(|c| c.key()).collect();
+    let (mut means, mut differences) = (Rows::new(), Rows::new());
     for cell in cells {
-        let Ok(caption) = Caption::parse(&cell.prompt) else { continue };
         let Some(score) = score(cell) else { continue };
-        let put = |rows: &mut Rows, value: f64| {
-            let row = rows.entry((cell.requested().to_owned(), cell.budget)).or_default();
-            let prompt = row.entry(cell.prompt_index);
-            prompt.or_insert_with(|| (caption.category(), Vec::new())).1.push(value);
-        };
-        put(&mut means, score);
+        put(&mut means, cell, score);
         if let Some(plain) = plain.get(&(cell.prompt_index, cell.seed))
-            && !is_reference(cell)
+            && !own.contains(&cell.key())
         {
-            put(&mut differences, score - plain);
+            put(&mut differences, cell, score - plain);
         }
     }
     let distances = distances(cells);
@@ -89,14 +88,11 @@ pub fn report(cells: &[Cell], reference: &[&Cell], reward: &str) -> String {
 
 /// Distances of the images of a prompt with different seeds, each pair of them.
 fn distances(cells: &[Cell]) -> Rows {
-    type Thumbnails<'a> = BTreeMap<(String, u64), BTreeMap<usize, (Category, Vec<&'a str>)>>;
-    let mut thumbnails = Thumbnails::new();
+    let mut thumbnails: Rows<&str> = Rows::new();
     for cell in cells {
-        let Ok(caption) = Caption::parse(&cell.prompt) else { continue };
-        let Some(thumbnail) = &cell.thumbnail else { continue };
-        let row = thumbnails.entry((cell.requested().to_owned(), cell.budget)).or_default();
-        let prompt = row.entry(cell.prompt_index);
-        prompt.or_insert_with(|| (caption.category(), Vec::new())).1.push(thumbnail);
+        if let Some(thumbnail) = &cell.thumbnail {
+            put(&mut thumbnails, cell, thumbnail);
+        }
     }
     let mut rows = Rows::new();
     for (name, row) in thumbnails {

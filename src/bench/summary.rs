@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use super::arm::PLAIN;
 use super::cell::Cell;
 use super::manifest::Manifest;
-use super::nfe_sweep::members;
 use super::stats::{Bootstrap, Estimate, mean};
+use crate::rewards::ensemble;
 
 /// One reward in one row.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,7 +82,7 @@ impl Summary {
 
         let groups = groups(manifest, cells);
         let reference_budget = reference(manifest, groups.values());
-        let reference = reference_cells(manifest, cells);
+        let reference = plain_at(groups.values().flatten().copied(), reference_budget);
 
         let rows = groups
             .values()
@@ -119,12 +119,11 @@ impl Summary {
     }
 }
 
-/// The cells by method asked for, budget, and whether plain sampling stood in.
-fn groups<'a>(
-    manifest: &Manifest,
-    cells: &'a [Cell],
-) -> BTreeMap<(Option<usize>, u64, bool), Vec<&'a Cell>> {
-    let mut groups: BTreeMap<_, Vec<&Cell>> = BTreeMap::new();
+/// Cells by method asked for, budget, and whether plain sampling stood in.
+type Groups<'a> = BTreeMap<(Option<usize>, u64, bool), Vec<&'a Cell>>;
+
+fn groups<'a>(manifest: &Manifest, cells: &'a [Cell]) -> Groups<'a> {
+    let mut groups = Groups::new();
     for cell in cells {
         let method = manifest.config.methods.iter().position(|m| m == cell.requested());
         let stood_in = cell.infeasible.is_none() && cell.requested_method.is_some();
@@ -135,10 +134,12 @@ fn groups<'a>(
 
 /// The cells of plain sampling that differences are taken against.
 pub(super) fn reference_cells<'a>(manifest: &Manifest, cells: &'a [Cell]) -> Vec<&'a Cell> {
-    let groups = groups(manifest, cells);
-    let budget = reference(manifest, groups.values());
-    let all = groups.into_values().flatten();
-    all.filter(|c| is_plain(c) && Some(c.budget) == budget).collect()
+    plain_at(cells.iter(), reference(manifest, groups(manifest, cells).values()))
+}
+
+/// The cells of plain sampling at a budget.
+fn plain_at<'a>(cells: impl Iterator<Item = &'a Cell>, budget: Option<u64>) -> Vec<&'a Cell> {
+    cells.filter(|c| is_plain(c) && Some(c.budget) == budget).collect()
 }
 
 fn row(group: &[&Cell], ran: &[&Cell], scores: Vec<Score>, is_reference: bool) -> Row {
@@ -184,9 +185,9 @@ fn rewards(manifest: &Manifest, cells: &[Cell]) -> (Vec<String>, usize) {
     let seen: BTreeSet<&String> = cells.iter().flat_map(|c| c.scores.keys()).collect();
     let searched = &manifest.config.reward;
     // Ranks among candidates say nothing between images: then the members themselves.
-    let mut rewards: Vec<String> = match seen.contains(searched) || cells.is_empty() {
-        true => vec![searched.clone()],
-        false => members(searched).into_iter().map(str::to_owned).collect(),
+    let mut rewards: Vec<String> = match ensemble::names(searched) {
+        Ok(members) if !seen.contains(searched) => members.into_iter().map(str::to_owned).collect(),
+        _ => vec![searched.clone()],
     };
     let count = rewards.len();
     rewards.extend(manifest.config.held_out.clone());

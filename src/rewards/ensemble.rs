@@ -37,37 +37,9 @@ impl Ensemble {
     /// `Error::Unknown` for a reward that the set lacks, `Error::Invalid` on "reward" for a text
     /// that is none.
     pub fn parse(text: &str, set: &RewardSet) -> Result<Self> {
-        let invalid = |what: &str| {
-            let message = format!(
-                "'{text}': {what}; expected NAME, NAME:WEIGHT+NAME:WEIGHT, rank(…) or normalised(…)"
-            );
-            Error::invalid("reward", message)
-        };
-        let text_of = text.trim();
-        let (mode, list) = match text_of.strip_suffix(')').and_then(|t| t.split_once('(')) {
-            Some((name, list)) => {
-                let mode = MODES.iter().find(|(mode, _)| *mode == name);
-                (mode.ok_or_else(|| invalid("no such ensemble"))?.1, list)
-            }
-            None => (Mode::Sum, text_of),
-        };
-        let mut members: Vec<(Arc<dyn Reward>, f64)> = Vec::new();
-        for part in list.split('+') {
-            let (name, weight) = match part.split_once(':') {
-                None => (part.trim(), 1.0),
-                Some((name, weight)) => {
-                    let weight: Option<f64> = weight.trim().parse().ok();
-                    let weight = weight.filter(|w| w.is_finite() && *w > 0.0);
-                    (name.trim(), weight.ok_or_else(|| invalid("a weight is no number above 0"))?)
-                }
-            };
-            let reward = set.get(name)?.clone();
-            if members.iter().any(|(member, _)| member.name() == reward.name()) {
-                return Err(invalid("a reward is there twice"));
-            }
-            members.push((reward, weight));
-        }
-        Ok(Self { members, mode })
+        let (mode, list) = read(text)?;
+        let member = |(name, weight)| Ok((set.get(name)?.clone(), weight));
+        Ok(Self { members: list.into_iter().map(member).collect::<Result<_>>()?, mode })
     }
 
     /// The text that this is read from.
@@ -133,6 +105,47 @@ impl Ensemble {
         values.iter_mut().filter(|v| !v.is_finite()).for_each(|v| *v = f64::NEG_INFINITY);
         values
     }
+}
+
+/// The rewards that a text names.
+///
+/// # Errors
+/// `Error::Invalid` on "reward" for a text that is no ensemble.
+pub fn names(text: &str) -> Result<Vec<&str>> {
+    Ok(read(text)?.1.into_iter().map(|(name, _)| name).collect())
+}
+
+/// The mode of a text, and the names and weights of its members.
+fn read(text: &str) -> Result<(Mode, Vec<(&str, f64)>)> {
+    let invalid = |what: &str| {
+        let message = format!(
+            "'{text}': {what}; expected NAME, NAME:WEIGHT+NAME:WEIGHT, rank(…) or normalised(…)"
+        );
+        Error::invalid("reward", message)
+    };
+    let (mode, list) = match text.trim().strip_suffix(')').and_then(|t| t.split_once('(')) {
+        Some((name, list)) => {
+            let mode = MODES.iter().find(|(mode, _)| *mode == name);
+            (mode.ok_or_else(|| invalid("no such ensemble"))?.1, list)
+        }
+        None => (Mode::Sum, text.trim()),
+    };
+    let mut members: Vec<(&str, f64)> = Vec::new();
+    for part in list.split('+') {
+        let (name, weight) = match part.split_once(':') {
+            None => (part.trim(), 1.0),
+            Some((name, weight)) => {
+                let weight: Option<f64> = weight.trim().parse().ok();
+                let weight = weight.filter(|w| w.is_finite() && *w > 0.0);
+                (name.trim(), weight.ok_or_else(|| invalid("a weight is no number above 0"))?)
+            }
+        };
+        if members.iter().any(|(member, _)| *member == name) {
+            return Err(invalid("a reward is there twice"));
+        }
+        members.push((name, weight));
+    }
+    Ok((mode, members))
 }
 
 /// A value as the mode has it, among all.

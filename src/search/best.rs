@@ -78,6 +78,16 @@ impl Best {
         self.trace.push(entry);
     }
 
+    /// Offers the last finished latents [B, C, h, w] and finishes.
+    ///
+    /// # Errors
+    /// As [`SearchEnv::judge`] and [`Best::finish`].
+    pub fn finish_with(mut self, env: &mut SearchEnv, latents: &Tensor) -> Result<Outcome> {
+        let judged = env.judge(latents)?;
+        self.offer(env, latents, judged)?;
+        self.finish(env)
+    }
+
     /// Scores the winner with the remaining rewards.
     ///
     /// # Errors

@@ -89,10 +89,9 @@ impl Chain {
         self.stds[step]
     }
 
-    /// (sqrt(abar), sqrt(1 - abar)) of the state before `step`; `steps()` asks for the end.
-    pub fn level(&self, step: usize) -> (f64, f64) {
-        let level = self.ddim.level(step);
-        (level.scale, level.scale * level.sigma)
+    /// sqrt(abar) of the state before `step`; `steps()` asks for the end.
+    pub fn alpha(&self, step: usize) -> f64 {
+        self.ddim.level(step).scale
     }
 
     /// Evaluates states `x` before `step`: one evaluation a row.

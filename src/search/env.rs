@@ -4,6 +4,7 @@ use candle_core::Tensor;
 use image::RgbImage;
 use serde_json::Value;
 
+use super::params::name_of;
 use crate::diffusion::cost::Units;
 use crate::diffusion::denoiser::Conditioning;
 use crate::diffusion::meter::{Meter, MeteredDecoder, MeteredDenoiser};
@@ -51,9 +52,14 @@ impl Kernel {
     pub const OPTIONS: [(&'static str, Self); 2] = [("ode", Self::Ode), ("sde", Self::Sde)];
 
     pub fn name(self) -> &'static str {
+        name_of(&Self::OPTIONS, &self)
+    }
+
+    /// Its solver, where deterministic trajectories have this one.
+    fn solver(self, ode: SolverSpec) -> SolverSpec {
         match self {
-            Self::Ode => "ode",
-            Self::Sde => "sde",
+            Self::Ode => ode,
+            Self::Sde => SolverSpec::sde(),
         }
     }
 }
@@ -66,11 +72,8 @@ impl EnvSpec<'_> {
 
     /// F of a trajectory of `steps` steps.
     pub fn steps_f(&self, kernel: Kernel, steps: usize) -> u64 {
-        let solver = match kernel {
-            Kernel::Ode => self.solver,
-            Kernel::Sde => SolverKind::Ddim,
-        };
-        solver.evaluations(steps) as u64 * self.forwards_per_eval
+        let ode = SolverSpec::ode(self.solver, self.schedule);
+        kernel.solver(ode).kind.evaluations(steps) as u64 * self.forwards_per_eval
     }
 
     /// Checks that a trajectory can have these steps.
@@ -78,11 +81,8 @@ impl EnvSpec<'_> {
     /// # Errors
     /// `Error::Invalid` on "steps".
     pub fn check_steps(&self, kernel: Kernel, steps: usize) -> Result<()> {
-        let solver = match kernel {
-            Kernel::Ode => SolverSpec::ode(self.solver, self.schedule),
-            Kernel::Sde => SolverSpec::sde(),
-        };
-        solver.build(self.schedule, steps).map(|_| ())
+        let ode = SolverSpec::ode(self.solver, self.schedule);
+        kernel.solver(ode).build(self.schedule, steps).map(|_| ())
     }
 
     /// # Errors
@@ -170,13 +170,6 @@ impl<'a> SearchEnv<'a> {
 
     pub fn meter(&self) -> &'a Meter {
         self.denoiser.meter()
-    }
-
-    pub fn solver_of(&self, kernel: Kernel) -> SolverSpec {
-        match kernel {
-            Kernel::Ode => self.solver,
-            Kernel::Sde => SolverSpec::sde(),
-        }
     }
 
     pub fn tell(&mut self, event: Option<Value>) {
@@ -282,7 +275,7 @@ impl<'a> SearchEnv<'a> {
         candidates: &[u64],
         steps: usize,
     ) -> Result<Tensor> {
-        let solver = self.solver_of(kernel).build(self.schedule, steps)?;
+        let solver = kernel.solver(self.solver).build(self.schedule, steps)?;
         let cond = self.cond;
         let rows: Vec<Row> =
             candidates.iter().map(|c| Row { key: *key, candidate: *c, cond }).collect();

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use super::best::Best;
 use super::chain::{Chain, pick};
 use super::env::{EnvSpec, Kernel, SearchEnv};
+use super::levels;
 use super::method::{Outcome, Plan, SearchMethod};
 use super::params::{Params, entry, largest, name_of, one_of};
 use super::weights::ranking;
@@ -99,17 +100,6 @@ impl Search {
     }
 }
 
-/// Levels of `steps` steps, checked.
-fn checked(levels: Vec<u64>, steps: u64) -> Result<Vec<u64>> {
-    let ascending = levels.windows(2).all(|pair| pair[0] < pair[1]);
-    let first = levels.first().is_none_or(|level| *level == 0);
-    if ascending && first && levels.last().is_none_or(|level| *level < steps) {
-        return Ok(levels);
-    }
-    let message = format!("{levels:?} are not steps below {steps} that ascend from 0");
-    Err(Error::invalid("method.levels", message))
-}
-
 impl Choice {
     /// Generations of this many first members, in the paper's proportions.
     fn scaled(&self, first: u64, levels: &[u64]) -> Search {
@@ -132,9 +122,8 @@ impl Choice {
 
     fn within(&self, spec: &EnvSpec, budget: &Budget) -> Result<Search> {
         let steps = spec.steps as u64;
-        let mut default: Vec<u64> = LEVELS.iter().map(|level| level * steps / 50).collect();
-        default.dedup();
-        let given = self.levels.clone().map(|levels| checked(levels, steps)).transpose()?;
+        let default = levels::of_50(&LEVELS, steps);
+        let given = self.levels.clone().map(|given| levels::checked(given, steps)).transpose()?;
         if let Some(sizes) = &self.sizes {
             let few = sizes.len().saturating_sub(1).min(default.len());
             let levels = given.unwrap_or_else(|| default[..few].to_vec());
@@ -364,9 +353,7 @@ impl Breeding<'_> {
         match self.search.choice.mutation {
             Mutation::AddSigma => blend(1.0, &archive.before[parent], self.chain.std(step)),
             Mutation::Renoise => {
-                let (alpha, _) = self.chain.level(step);
-                let (alpha_after, _) = self.chain.level(step + 1);
-                let ratio = alpha / alpha_after;
+                let ratio = self.chain.alpha(step) / self.chain.alpha(step + 1);
                 blend(ratio, &archive.after[parent], (1.0 - ratio * ratio).max(0.0).sqrt())
             }
         }

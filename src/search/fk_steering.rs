@@ -4,7 +4,7 @@
 use serde_json::{Map, Value, json};
 
 use super::best::Best;
-use super::chain::{Ahead, Chain};
+use super::chain::Chain;
 use super::env::{EnvSpec, Kernel, SearchEnv};
 use super::method::{Outcome, Plan, SearchMethod};
 use super::params::{Params, entry, largest, name_of, one_of};
@@ -106,17 +106,16 @@ impl Choice {
     /// (steps, particles) for a budget.
     fn within(&self, spec: &EnvSpec, budget: &Budget) -> (u64, u64) {
         let steps = self.chain_steps.unwrap_or(spec.steps as u64);
-        if let (Some(particles), _) | (_, Some(particles)) =
-            (self.particles, (!budget.bounds()).then_some(DEFAULT_PARTICLES))
-        {
+        let default = (!budget.bounds()).then_some(DEFAULT_PARTICLES);
+        if let Some(particles) = self.particles.or(default) {
             return (steps, particles);
         }
         let affordable =
             |steps: u64| largest(1..=MOST, budget, |k| self.cost(spec, steps, k)).unwrap_or(1);
         let particles = affordable(steps);
         if particles == 1 && self.chain_steps.is_none() {
-            let shorter = (LEAST_STEPS.min(steps)..steps).rev();
-            if let Some(fewer) = { shorter }.find(|steps| affordable(*steps) == 2) {
+            let mut shorter = (LEAST_STEPS.min(steps)..steps).rev();
+            if let Some(fewer) = shorter.find(|steps| affordable(*steps) == 2) {
                 return (fewer, 2);
             }
         }
@@ -205,7 +204,7 @@ impl SearchMethod for FkSteering {
                 let mut rng = key.rng(Purpose::Resample, step as u64, 0);
                 let kept = particles.stop(&values, &mut rng);
                 best.note(env, json!({"step": step, "kept": kept, "values": finite(&values)}));
-                ahead = Ahead::rows(&ahead, &kept)?;
+                ahead = ahead.rows(&kept)?;
             }
             let noise = chain.noise(env, key, step, &candidates)?;
             x = chain.advance(step, &ahead.mean, &noise)?;

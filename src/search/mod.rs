@@ -9,6 +9,7 @@ pub mod env;
 pub mod evo_search;
 pub mod fk_steering;
 pub mod free2guide;
+pub mod levels;
 pub mod method;
 pub mod params;
 pub mod paths;

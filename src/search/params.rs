@@ -48,13 +48,9 @@ impl<'a> Params<'a> {
         }
     }
 
-    fn get(&self, key: &str) -> Option<&'a Value> {
-        self.values.get(key).filter(|value| !value.is_null())
-    }
-
     /// As it was written.
-    pub fn value(&self, key: &str) -> Option<&'a Value> {
-        self.get(key)
+    pub fn get(&self, key: &str) -> Option<&'a Value> {
+        self.values.get(key).filter(|value| !value.is_null())
     }
 
     /// # Errors

@@ -168,14 +168,11 @@ impl SearchMethod for Paths {
         let (paths, branches) = (choice.paths.unwrap_or(1), choice.branches.unwrap_or(0));
         let search = choice.search(env.steps, paths, branches);
         let mut best = Best::default();
-        if branches == 0 {
-            let x = env.sample(key, Kernel::Ode, &[0])?;
-            let judged = env.judge(&x)?;
-            best.offer(env, &x, judged)?;
-        } else {
-            search.run(env, key, &mut best)?;
-        }
-        best.finish(env)
+        let ends = match branches {
+            0 => env.sample(key, Kernel::Ode, &[0])?,
+            _ => search.run(env, key, &mut best)?,
+        };
+        best.finish_with(env, &ends)
     }
 }
 
@@ -195,7 +192,8 @@ fn levels(schedule: &NoiseSchedule, from: f64, to: f64, steps: u64) -> Vec<f64> 
 }
 
 impl Search {
-    fn run(&self, env: &mut SearchEnv, key: &NoiseKey, best: &mut Best) -> Result<()> {
+    /// The last round's finished latents, [paths * branches, C, h, w].
+    fn run(&self, env: &mut SearchEnv, key: &NoiseKey, best: &mut Best) -> Result<Tensor> {
         let candidates: Vec<u64> = (0..self.paths).collect();
         let top = env.schedule.sigma((env.schedule.num_train_timesteps() - 1) as f64);
         // Unit noise in VP coordinates, as a trajectory begins.
@@ -210,8 +208,7 @@ impl Search {
             let leg = levels(env.schedule, above, below, self.leg);
             let ends = euler(env, noised, &leg)?;
             if below == 0.0 {
-                let judged = env.judge(&ends)?;
-                return best.offer(env, &ends, judged);
+                return Ok(ends);
             }
             let looks = denoise(env, &ends, below)?.x0;
             let values = env.values(&looks)?;
@@ -219,7 +216,7 @@ impl Search {
             best.note(env, json!({"round": round, "kept": kept, "estimate": values[kept[0]]}));
             paths = pick(&ends, &kept)?;
         }
-        Ok(())
+        Ok(paths)
     }
 
     /// Every path `branches` times, each with noise of its own up to a higher level.

@@ -47,9 +47,6 @@ impl SearchMethod for Plain {
 
     fn run(&self, plan: &Plan, env: &mut SearchEnv, key: &NoiseKey) -> Result<Outcome> {
         let latents = env.sample(key, kernel(&plan.params)?, &[0])?;
-        let judged = env.judge(&latents)?;
-        let mut best = Best::default();
-        best.offer(env, &latents, judged)?;
-        best.finish(env)
+        Best::default().finish_with(env, &latents)
     }
 }

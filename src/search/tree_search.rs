@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use super::best::Best;
 use super::chain::Chain;
 use super::env::{EnvSpec, Kernel, SearchEnv};
+use super::levels;
 use super::method::{Outcome, Plan, SearchMethod};
 use super::params::{Params, entry, largest, name_of, one_of};
 use super::weights::{deviation, first_max, log_mean_exp, scaled, softmax};
@@ -77,18 +78,8 @@ fn choice(params: &Map<String, Value>) -> Result<Choice> {
 
 impl Choice {
     fn levels(&self, steps: u64) -> Result<Vec<u64>> {
-        let scaled = || {
-            let mut levels: Vec<u64> = LEVELS.iter().map(|level| level * steps / 50).collect();
-            levels.dedup();
-            levels
-        };
-        let levels = self.levels.clone().unwrap_or_else(scaled);
-        let ascending = levels.windows(2).all(|pair| pair[0] < pair[1]);
-        if levels.first() != Some(&0) || !ascending || levels.last() >= Some(&steps) {
-            let message = format!("{levels:?} are not steps below {steps} that ascend from 0");
-            return Err(Error::invalid("method.levels", message));
-        }
-        Ok(levels)
+        let levels = self.levels.clone().unwrap_or_else(|| levels::of_50(&LEVELS, steps));
+        levels::some_checked(levels, steps)
     }
 }
 
@@ -259,7 +250,7 @@ impl Tree {
                 }
                 left -= steps - from;
                 // Other rollouts of the batch see it as visited.
-                self.visit(node, 1.0);
+                self.visit(node);
                 let x = match &self.nodes[node].state {
                     Some(state) => state.to_device(env.denoiser.device())?,
                     None => env.initial_noise(key, &[candidate])?,
@@ -321,10 +312,10 @@ impl Tree {
         })
     }
 
-    fn visit(&mut self, node: usize, visits: f64) {
+    fn visit(&mut self, node: usize) {
         let mut at = Some(node);
         while let Some(node) = at {
-            self.nodes[node].visits += visits;
+            self.nodes[node].visits += 1.0;
             at = self.nodes[node].parent;
         }
     }

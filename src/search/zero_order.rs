@@ -250,7 +250,7 @@ impl Search<'_, '_> {
         Ok(Tensor::stack(&rows, 0)?.to_device(pivot.device())?)
     }
 
-    fn finish(mut self, pivot: Tensor) -> Result<Outcome> {
+    fn finish(self, pivot: Tensor) -> Result<Outcome> {
         if !self.best.is_empty() {
             return self.best.finish(self.env);
         }
@@ -259,8 +259,6 @@ impl Search<'_, '_> {
         let noise = self.seen.get(at).map_or(pivot, |(_, noise)| noise.clone());
         let (key, steps) = (self.key, self.env.steps);
         let latents = self.env.sample_from(&noise, key, Kernel::Ode, &[0], steps)?;
-        let judged = self.env.judge(&latents)?;
-        self.best.offer(self.env, &latents, judged)?;
-        self.best.finish(self.env)
+        self.best.finish_with(self.env, &latents)
     }
 }

@@ -266,9 +266,7 @@ impl SearchMethod for Demon {
             0 => env.sample(key, Kernel::Ode, &[0])?,
             _ => search.run(env, key, &mut best)?,
         };
-        let judged = env.judge(&x)?;
-        best.offer(env, &x, judged)?;
-        best.finish(env)
+        best.finish_with(env, &x)
     }
 }
 

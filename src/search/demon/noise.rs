@@ -36,7 +36,7 @@ pub(super) enum Tau {
 
 impl Tau {
     pub fn read(params: &Params) -> Result<Self> {
-        let Some(value) = params.value("tau") else { return Ok(Self::Adaptive) };
+        let Some(value) = params.get("tau") else { return Ok(Self::Adaptive) };
         let number = value.as_f64().or_else(|| value.as_str()?.parse().ok());
         match (value.as_str(), number) {
             (Some("adaptive"), _) => Ok(Self::Adaptive),

@@ -55,8 +55,6 @@ impl Block {
         }
         let noise = chain.noise(env, key, last, &[0])?;
         let x = pick(&chain.advance(last, &ahead.mean, &noise)?, &[0])?;
-        let judged = env.judge(&x)?;
-        best.offer(env, &x, judged)?;
-        best.finish(env)
+        best.finish_with(env, &x)
     }
 }

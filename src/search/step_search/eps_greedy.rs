@@ -93,9 +93,7 @@ impl EpsGreedy {
         }
         let noise = chain.noise(env, key, last, &[0])?;
         let x = chain.advance(last, &ahead.mean, &noise)?;
-        let judged = env.judge(&x)?;
-        best.offer(env, &x, judged)?;
-        best.finish(env)
+        best.finish_with(env, &x)
     }
 
     /// pivot + u radius sqrt(d) direction/|direction|, as long as a typical noise.

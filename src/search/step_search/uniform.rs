@@ -68,9 +68,7 @@ impl Uniform {
             let means = repeat(&ahead.mean, candidates.len())?;
             let children = chain.advance(step, &means, &noise)?;
             if step == last {
-                let judged = env.judge(&children)?;
-                best.offer(env, &children, judged)?;
-                return best.finish(env);
+                return best.finish_with(env, &children);
             }
             let looks = chain.look(env, &children, step + 1)?;
             let values = env.values(&looks.x0)?;
@@ -83,9 +81,7 @@ impl Uniform {
                 x = chain.advance(step, &ahead.mean, &mixed(&noise, &values, self.alpha)?)?;
             }
         }
-        let judged = env.judge(&x)?;
-        best.offer(env, &x, judged)?;
-        best.finish(env)
+        best.finish_with(env, &x)
     }
 
     fn start(
