@@ -235,12 +235,19 @@ fn a_conversion_there_and_back_changes_no_bit() {
         let names = model.adapter_names();
         let header = BTreeMap::from(header);
         written.write(&first, &names, LoraFormat::Kohya, DType::F32, &header).unwrap();
-        convert(model_at, std::slice::from_ref(&first), &middle, LoraFormat::Diffusers, DType::F32)
-            .unwrap();
+        convert(
+            model_at,
+            std::slice::from_ref(&first),
+            &middle,
+            1.0,
+            LoraFormat::Diffusers,
+            DType::F32,
+        )
+        .unwrap();
         assert!(
             read(&middle).keys().all(|key| key.contains(".lora_") && !key.starts_with("lora_"))
         );
-        convert(model_at, std::slice::from_ref(&middle), &last, LoraFormat::Kohya, DType::F32)
+        convert(model_at, std::slice::from_ref(&middle), &last, 1.0, LoraFormat::Kohya, DType::F32)
             .unwrap();
         let middle = Adapters::read(&middle, &names, DType::F32, &Device::Cpu).unwrap();
         let error = relative_error(&adapted(&model, &middle)[0], &adapted(&model, &written)[0]);
@@ -284,7 +291,8 @@ fn every_naming_is_converted() {
         let file = fixtures().join("lora").join(format!("{name}.safetensors"));
         let original = Adapters::read(&file, &names, DType::F32, &Device::Cpu).unwrap();
         let out = dir.path().join("out.safetensors");
-        convert(&model, std::slice::from_ref(&file), &out, LoraFormat::Kohya, DType::F32).unwrap();
+        convert(&model, std::slice::from_ref(&file), &out, 1.0, LoraFormat::Kohya, DType::F32)
+            .unwrap();
         let back = Adapters::read(&out, &names, DType::F32, &Device::Cpu).unwrap();
         for (ours, theirs) in [
             (&back.unet, &original.unet),
@@ -304,12 +312,14 @@ fn every_naming_is_converted() {
     }
     let file = fixtures().join("lora/kohya.safetensors");
     let out = dir.path().join("out.bin");
-    let error = convert(&model, std::slice::from_ref(&file), &out, LoraFormat::Kohya, DType::F32)
-        .unwrap_err();
+    let error =
+        convert(&model, std::slice::from_ref(&file), &out, 1.0, LoraFormat::Kohya, DType::F32)
+            .unwrap_err();
     assert_names(&error.to_string(), &["out", "out.bin", ".safetensors"]);
     let out = dir.path().join("other.safetensors");
-    let error = convert(&tiny(), std::slice::from_ref(&file), &out, LoraFormat::Kohya, DType::F32)
-        .unwrap_err();
+    let error =
+        convert(&tiny(), std::slice::from_ref(&file), &out, 1.0, LoraFormat::Kohya, DType::F32)
+            .unwrap_err();
     assert_names(&error.to_string(), &["kohya.safetensors", "unet", "linear_1", "60", "320"]);
     assert!(!out.exists());
     let none = dir.path().join("none.safetensors");
@@ -317,6 +327,7 @@ fn every_naming_is_converted() {
         &model,
         std::slice::from_ref(&none),
         &dir.path().join("o.safetensors"),
+        1.0,
         LoraFormat::Kohya,
         DType::F32,
     );
@@ -336,7 +347,7 @@ fn adapters_of_one_run_are_averaged() {
         part.write(file, &names, LoraFormat::Kohya, DType::F32, &BTreeMap::new()).unwrap();
     }
     let out = dir.path().join("mean.safetensors");
-    convert(&folder, &files, &out, LoraFormat::Kohya, DType::F32).unwrap();
+    convert(&folder, &files, &out, 1.0, LoraFormat::Kohya, DType::F32).unwrap();
     let mean = Adapters::read(&out, &names, DType::F32, &Device::Cpu).unwrap();
     let mut modules = 0;
     for (module, found) in mean.unet.iter() {
@@ -349,10 +360,19 @@ fn adapters_of_one_run_are_averaged() {
         modules += 1;
     }
     assert!(modules > 3);
+    let weaker = dir.path().join("weaker.safetensors");
+    convert(&folder, &files, &weaker, 0.25, LoraFormat::Kohya, DType::F32).unwrap();
+    let weaker = Adapters::read(&weaker, &names, DType::F32, &Device::Cpu).unwrap();
+    for (module, found) in weaker.unet.iter() {
+        let full = mean.unet.get(module).unwrap();
+        assert_eq!(values(&found.down), values(&full.down));
+        let quarter: Vec<f64> = values(&full.up).iter().map(|v| 0.25 * v).collect();
+        assert_eq!(values(&found.up), quarter, "{module}");
+    }
     let other = dir.path().join("other.safetensors");
     let written = adapters(&model, 9, 0.25);
     written.write(&other, &names, LoraFormat::Kohya, DType::F32, &BTreeMap::new()).unwrap();
     let mixed = [files[0].clone(), other];
-    let error = convert(&folder, &mixed, &out, LoraFormat::Kohya, DType::F32).unwrap_err();
+    let error = convert(&folder, &mixed, &out, 1.0, LoraFormat::Kohya, DType::F32).unwrap_err();
     assert_names(&error.to_string(), &["0.safetensors", "adapted otherwise"]);
 }

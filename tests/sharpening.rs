@@ -158,16 +158,17 @@ fn scalar(x: &Tensor) -> f64 {
 }
 
 /// The same update, one trajectory after the other, everything with a graph, and the loss as the
-/// papers write it.
+/// papers write it. Gradients include the anchor's, the loss does not.
 fn plain(method: Method, s: &Settings, trainable: &Trainable) -> (GradStore, f64) {
     let model = model();
     let unet = trainable.policy(&model.folder, false).unwrap();
     let base = &model.folder.unet;
     let starts = starts(&model.schedule, s, 7, 2).unwrap();
-    let mut losses = Vec::new();
+    let (mut losses, mut held) = (Vec::new(), Vec::new());
     for (g, (group, start)) in groups(s.n).iter().zip(&starts).enumerate() {
         let text = &model.texts[g];
         let (mut scores, mut policy, mut reference) = (Vec::new(), Vec::new(), Vec::new());
+        let mut apart = Vec::new();
         for i in 0..s.n {
             let clean = group.clean.narrow(0, i, 1).unwrap();
             let shape = (4, 16, 16);
@@ -183,6 +184,7 @@ fn plain(method: Method, s: &Settings, trainable: &Trainable) -> (GradStore, f64
             let noise = noise.unwrap().unsqueeze(0).unwrap();
             let mut x = model.schedule.add_noise(&clean, &noise, &[start.t]).unwrap();
             let (mut reward, mut loss, mut loss_ref) = (0.0, Vec::new(), Vec::new());
+            let mut distance = Vec::new();
             for k in 0..start.states {
                 let t = start.t - 40.0 * k as f64;
                 let input = match s.chain_grad {
@@ -200,6 +202,9 @@ fn plain(method: Method, s: &Settings, trainable: &Trainable) -> (GradStore, f64
                 };
                 let error = |e: &Tensor| (e - &target).unwrap().sqr().unwrap().mean_all().unwrap();
                 loss.push(error(&output));
+                let there = predict(base, &input.detach(), t, text).detach();
+                let change = (&output - there).unwrap().sqr().unwrap();
+                distance.push(change.mean_all().unwrap());
                 if s.reference_states == ReferenceStates::All || k == 0 {
                     loss_ref.push(scalar(&error(&predict(base, &input.detach(), t, text))));
                 }
@@ -218,6 +223,7 @@ fn plain(method: Method, s: &Settings, trainable: &Trainable) -> (GradStore, f64
             }
             let count = start.states as f64;
             scores.push(reward / if s.aggregate == Aggregate::Sum { 1.0 } else { count });
+            apart.push((Tensor::stack(&distance, 0).unwrap().sum_all().unwrap() / count).unwrap());
             policy.push((Tensor::stack(&loss, 0).unwrap().sum_all().unwrap() / count).unwrap());
             reference.push(loss_ref.iter().sum::<f64>() / loss_ref.len() as f64);
         }
@@ -231,6 +237,7 @@ fn plain(method: Method, s: &Settings, trainable: &Trainable) -> (GradStore, f64
             losses.push(policy[w].clone());
             continue;
         }
+        held.push(((&apart[w] + &apart[l]).unwrap() * s.anchor).unwrap());
         let gain = |j: usize| (policy[j].neg().unwrap() + reference[j]).unwrap();
         let margin = ((gain(w) - gain(l)).unwrap() * s.beta).unwrap();
         let gap = scores[w] - scores[l];
@@ -241,9 +248,11 @@ fn plain(method: Method, s: &Settings, trainable: &Trainable) -> (GradStore, f64
             LossKind::Rebel => (margin - s.reward_eta * gap).unwrap().sqr().unwrap(),
         });
     }
-    let loss = (losses[0].clone() + losses[1].clone()).unwrap();
-    let loss = (loss / 2.0).unwrap();
-    (loss.backward().unwrap(), scalar(&loss))
+    let mean =
+        |terms: &[Tensor]| (Tensor::stack(terms, 0).unwrap().sum_all().unwrap() / 2.0).unwrap();
+    let loss = mean(&losses);
+    let all = if held.is_empty() { loss.clone() } else { (&loss + mean(&held)).unwrap() };
+    (all.backward().unwrap(), scalar(&loss))
 }
 
 fn compare(what: &str, method: Method, settings: &Settings) {
@@ -304,6 +313,13 @@ fn updates_are_those_of_a_plain_implementation() {
         Rlhf,
         &with(Rlhf, |s| {
             (s.chain_grad, s.chain_guidance) = (ChainGrad::Through, 3.0);
+        }),
+    );
+    compare(
+        "rlhf, held to the reference",
+        Rlhf,
+        &with(Rlhf, |s| {
+            (s.anchor, s.chain_guidance) = (3000.0, 2.0);
         }),
     );
     compare(

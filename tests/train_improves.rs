@@ -1,13 +1,21 @@
-//! A few updates on the shipped model raise the reward that is trained on, on fixed prompts and
-//! seeds; a control of the same cost that learns from shuffled rewards does not.
+//! A few updates on the shipped model raise the reward on fixed prompts and seeds; controls of the
+//! same cost do not: RLHF that learns from shuffled rewards, SFT that learns from images with each
+//! other's captions. (SFT's shuffled rewards are no control: which of several noised versions of an
+//! image it learns from does not change which images it learns from.)
 
 use std::path::{Path, PathBuf};
 
+use diffusion_sharpening::data::images::ImageSource;
 use diffusion_sharpening::data::prompts::PromptSource;
+use diffusion_sharpening::data::scenes::Caption;
+use diffusion_sharpening::data::scenes::layout::Scene;
+use diffusion_sharpening::data::scenes::render::render;
 use diffusion_sharpening::train::run::run;
 use diffusion_sharpening::train::settings::{Method, Score, Select, Settings};
 use diffusion_sharpening::train::setup::Setup;
 use diffusion_sharpening::util::CancelToken;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 
 const PROMPTS: [&str; 2] = ["a red circle left of a blue square", "three green stars"];
 const IMAGES_A_PROMPT: usize = 32;
@@ -46,9 +54,9 @@ fn settings(folder: &Path, name: &str, select: Select) -> Settings {
 }
 
 /// Mean rewards of the validation images before and after a run.
-fn before_and_after(settings: Settings) -> [f64; 2] {
+fn before_and_after(method: Method, settings: Settings) -> [f64; 2] {
     let out = PathBuf::from(settings.out.clone().unwrap());
-    let setup = Setup::open(Method::Rlhf, settings).unwrap();
+    let setup = Setup::open(method, settings).unwrap();
     assert!(run(&setup, &CancelToken::default(), true).unwrap().finished);
     let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
@@ -59,10 +67,56 @@ fn before_and_after(settings: Settings) -> [f64; 2] {
 #[test]
 fn rlhf_raises_its_reward_and_shuffled_rewards_do_not() {
     let folder = tempfile::tempdir().unwrap();
-    let trained =
-        |name: &str, select: Select| before_and_after(settings(folder.path(), name, select));
+    let trained = |name: &str, select: Select| {
+        before_and_after(Method::Rlhf, settings(folder.path(), name, select))
+    };
     let [base, best] = trained("best", Select::Best);
     let [_, shuffled] = trained("shuffled", Select::Random);
     assert!(best > base + 0.02, "from {base} to {best}");
     assert!(best > shuffled + 0.04, "{best} against {shuffled}");
+}
+
+/// A folder of images of the prompts, `captions[i]` beside those of prompt i.
+fn images(folder: &Path, captions: [&str; 2]) -> ImageSource {
+    let mut rows = String::new();
+    std::fs::create_dir_all(folder).unwrap();
+    for (i, prompt) in PROMPTS.iter().enumerate() {
+        let parsed = Caption::parse(prompt).unwrap();
+        let mut rng = ChaCha8Rng::seed_from_u64(i as u64);
+        for copy in 0..24 {
+            let file = format!("{i}-{copy}.png");
+            render(&Scene::sample(&parsed, &mut rng), 64, 64).save(folder.join(&file)).unwrap();
+            let row = serde_json::json!({"file_name": file, "text": captions[i]});
+            rows.push_str(&format!("{row}\n"));
+        }
+    }
+    std::fs::write(folder.join("metadata.jsonl"), rows).unwrap();
+    folder.display().to_string().parse().unwrap()
+}
+
+#[test]
+fn sft_raises_the_reward_and_swapped_captions_do_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let trained = |name: &str, captions: [&str; 2]| {
+        let data = Some(images(&folder.path().join(format!("{name}-images")), captions));
+        let settings = Settings {
+            data,
+            n: 2,
+            m: 2,
+            steps: 24,
+            batch: 8,
+            micro: 8,
+            lr: 1e-3,
+            warmup: 0,
+            ema: 0.0,
+            chain_guidance: 1.0,
+            ..settings(folder.path(), name, Select::Best)
+        };
+        let base = Settings::from(Method::Sft);
+        before_and_after(Method::Sft, Settings { score: base.score, ..settings })
+    };
+    let [base, best] = trained("best", PROMPTS);
+    let [_, swapped] = trained("swapped", [PROMPTS[1], PROMPTS[0]]);
+    assert!(best > base + 0.02, "from {base} to {best}");
+    assert!(best > swapped + 0.04, "{best} against {swapped}");
 }

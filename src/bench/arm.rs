@@ -3,8 +3,10 @@
 
 use serde_json::{Map, Value};
 
+use super::contract::{Contract, MethodRates};
 use super::manifest::SweepConfig;
 use super::replay;
+use crate::diffusion::cost::Units;
 use crate::engine::Backend;
 use crate::engine::request::{BudgetRequest, GenerateRequest, MethodRequest};
 use crate::{Error, Result};
@@ -61,7 +63,8 @@ impl MethodSpec {
     }
 
     /// Plain sampling of the same weights: what runs below one trajectory.
-    fn plain(&self) -> Self {
+    #[must_use]
+    pub fn plain(&self) -> Self {
         let label = match &self.adapter {
             Some(adapter) => format!("{PLAIN}@{adapter}"),
             None => PLAIN.to_owned(),
@@ -83,8 +86,6 @@ pub enum Arm {
         /// Predicted U-Net forwards.
         f: u64,
     },
-    /// Derived from the candidates of the same method's run at this budget.
-    Replayed(u64),
     /// Nothing can run, and why.
     Infeasible(String),
 }
@@ -95,7 +96,7 @@ impl Arm {
     pub fn f(&self) -> u64 {
         match self {
             Self::Run { f, .. } => *f,
-            Self::Replayed(_) | Self::Infeasible(_) => 0,
+            Self::Infeasible(_) => 0,
         }
     }
 
@@ -104,12 +105,21 @@ impl Arm {
     pub fn is_fallback(&self) -> bool {
         matches!(self, Self::Run { requested: Some(_), .. })
     }
+
+    /// Whether the method asked for runs.
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        matches!(self, Self::Run { requested: None, .. })
+    }
 }
 
 /// Plans arms against a backend.
 pub struct Planner<'a> {
     pub backend: &'a dyn Backend,
     pub config: &'a SweepConfig,
+    pub contract: Contract,
+    /// Where budgets are times.
+    pub rates: &'a MethodRates,
 }
 
 impl Planner<'_> {
@@ -121,12 +131,20 @@ impl Planner<'_> {
         if method.is_plain() {
             return self.plain(method, budget, None);
         }
-        let request = GenerateRequest {
+        let with = |forwards: u64| GenerateRequest {
             steps: Some(self.config.steps),
             reward: Some(self.config.reward.clone()),
-            budget: Some(BudgetRequest::Forwards(budget)),
+            budget: Some(BudgetRequest::Forwards(forwards)),
             ..self.request(method)
         };
+        let cost = |forwards: u64| Ok(self.backend.plan(&probe(&with(forwards)))?.cost);
+        let forwards = match (self.contract, self.rates.get(&method.label)) {
+            (Contract::EqualF, _) => Some(budget),
+            (Contract::EqualLatency, Some(rates)) => rates.most_forwards(seconds(budget), cost)?,
+            (Contract::EqualLatency, None) => None,
+        };
+        let Some(forwards) = forwards else { return self.fallback(method, budget) };
+        let request = with(forwards);
         match self.backend.plan(&probe(&request)) {
             Ok(planned) => Ok(Arm::Run {
                 method: method.clone(),
@@ -152,14 +170,20 @@ impl Planner<'_> {
         let with = |steps: u32| GenerateRequest { steps: Some(steps), ..self.request(method) };
         let (mut best, mut refusal) = (None, String::new());
         // Every step costs at least one forward.
+        let most = match (self.contract, self.rates.get(&method.label)) {
+            (Contract::EqualF, _) => budget,
+            (Contract::EqualLatency, Some(rates)) => (seconds(budget) / rates.f) as u64,
+            (Contract::EqualLatency, None) => 0,
+        };
         let (mut low, mut high) =
-            (self.config.min_steps, u32::try_from(budget).unwrap_or(u32::MAX - 1));
+            (self.config.min_steps, u32::try_from(most).unwrap_or(u32::MAX - 1));
         if high < low {
+            let budget = self.contract.show(budget);
             refusal = format!("budget {budget} is below {low} steps of plain sampling");
         }
         let mut probe_at = low;
         while low <= high {
-            match self.fits(&with(probe_at), budget)? {
+            match self.fits(method, &with(probe_at), budget)? {
                 Ok(f) => {
                     best = Some((probe_at, f));
                     low = probe_at + 1;
@@ -183,21 +207,35 @@ impl Planner<'_> {
     /// allowed, or why not.
     fn fits(
         &self,
+        method: &MethodSpec,
         request: &GenerateRequest,
         budget: u64,
     ) -> Result<std::result::Result<u64, String>> {
         let steps = request.steps.unwrap_or_default();
         match self.backend.plan(&probe(request)) {
-            Ok(planned) if planned.cost.f <= budget => Ok(Ok(planned.cost.f)),
-            Ok(planned) => Ok(Err(format!(
-                "{steps} steps of plain sampling cost {} forwards, the budget is {budget}",
-                planned.cost.f
-            ))),
+            Ok(planned) => Ok(match self.over(method, planned.cost, budget) {
+                None => Ok(planned.cost.f),
+                Some(cost) => Err(format!(
+                    "{steps} steps of plain sampling cost {cost}, the budget is {}",
+                    self.contract.show(budget)
+                )),
+            }),
             Err(Error::Budget(reason)) => Ok(Err(reason)),
             Err(Error::Invalid { field, message }) if field == "steps" => {
                 Ok(Err(format!("{steps} steps: {message}")))
             }
             Err(e) => Err(e),
+        }
+    }
+
+    /// What `cost` is, where it is more than the budget.
+    fn over(&self, method: &MethodSpec, cost: Units, budget: u64) -> Option<String> {
+        match self.contract {
+            Contract::EqualF => (cost.f > budget).then(|| format!("{} forwards", cost.f)),
+            Contract::EqualLatency => {
+                let taken = self.rates.get(&method.label)?.seconds(cost);
+                (taken > seconds(budget)).then(|| format!("{taken:.3} s"))
+            }
         }
     }
 
@@ -220,6 +258,11 @@ impl Planner<'_> {
             ..GenerateRequest::default()
         }
     }
+}
+
+/// Of a budget in milliseconds.
+fn seconds(budget: u64) -> f64 {
+    budget as f64 / 1e3
 }
 
 /// `request` with a prompt, for planning.

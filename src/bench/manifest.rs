@@ -9,6 +9,8 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::cell::Cell;
+use super::contract::{Contract, MethodRates};
+use super::thinning::Thinning;
 use crate::engine::request::ModelRef;
 use crate::util::write_atomic;
 use crate::{Error, Result};
@@ -17,7 +19,8 @@ use crate::{Error, Result};
 pub const FILE: &str = "sweep.json";
 
 /// Keys of [`SweepConfig`] that only say which cells there are, not what is in them.
-const GRID: [&str; 6] = ["methods", "budgets", "seeds", "prompts", "held_out", "replay"];
+const GRID: [&str; 7] =
+    ["methods", "budgets", "seeds", "prompts", "held_out", "replay", "fewer_prompts"];
 
 /// Everything that the cells depend on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,6 +43,12 @@ pub struct SweepConfig {
     /// Whether best-of-n runs at the largest budget alone, and the others are derived.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub replay: bool,
+    /// Which budgets run on the first prompts alone.
+    #[serde(default, skip_serializing_if = "Thinning::is_none")]
+    pub fewer_prompts: Thinning,
+    /// What the budgets count.
+    #[serde(default, skip_serializing_if = "Contract::is_default")]
+    pub contract: Contract,
     /// `i/n` when this folder holds only every n-th prompt.
     pub shard: Option<String>,
 }
@@ -48,10 +57,14 @@ impl SweepConfig {
     /// Fingerprint of the settings that a cell's values depend on besides its own key.
     #[must_use]
     pub fn fingerprint(&self) -> String {
-        let values = json!({
+        let mut values = json!({
             "model": self.model.sha256, "adapter": self.adapter, "reward": self.reward,
             "steps": self.steps, "min_steps": self.min_steps, "guidance": self.guidance_scale,
         });
+        // Folders of before there was a choice keep their cells.
+        if !self.contract.is_default() {
+            values["contract"] = json!(self.contract);
+        }
         let digest = Sha256::digest(values.to_string().as_bytes());
         digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect()
     }
@@ -62,6 +75,7 @@ impl SweepConfig {
         cell.config == fingerprint
             && self.methods.iter().any(|m| m == cell.requested())
             && self.budgets.contains(&cell.budget)
+            && self.fewer_prompts.holds(cell.budget, cell.prompt_index)
             && self.seeds.contains(&cell.seed)
             && self.prompts.get(cell.prompt_index) == Some(&cell.prompt)
     }
@@ -105,6 +119,9 @@ pub struct Manifest {
     pub config: SweepConfig,
     /// Budget of the plain row that differences are taken against; absent: chosen by the report.
     pub reference_budget: Option<u64>,
+    /// Seconds by method, where budgets are times; measured by whoever made the folder.
+    #[serde(default, skip_serializing_if = "MethodRates::is_empty")]
+    pub rates: MethodRates,
     /// Where the prompts came from.
     pub prompts_source: String,
     /// The command that made this folder.
@@ -141,7 +158,8 @@ impl Manifest {
                         format!(
                             "the folder holds a sweep with another configuration ({}); take \
                              another --out, the same options, or --extend if only methods, \
-                             budgets, seeds, prompts, the held-out reward or replay change",
+                             budgets, seeds, prompts, fewer_prompts, the held-out reward or replay \
+                             change",
                             differences.join("; ")
                         ),
                     ));

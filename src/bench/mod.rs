@@ -2,7 +2,7 @@
 //!
 //! One file or folder per `ds-bench` subcommand ([`ablation`], [`nfe_sweep`], [`sweep_merge`],
 //! [`parity_cmd`], [`plan_cmd`], [`scene_report`], [`sharpen_step`], [`speed`]), over the parts
-//! they share: the grid and its resumable cells ([`sweep`], [`arm`], [`cell`], [`manifest`]),
+//! they share: the grid and its resumable cells ([`sweep`], [`arm`], [`contract`], [`cell`], [`manifest`]),
 //! what is read off them ([`stats`], [`summary`], [`report`], [`plot`]), where
 //! images come from ([`remote`], [`wiring`]), and the work that is timed
 //! ([`workload`], [`train_workload`], [`sharpen_workload`] and [`op_workload`]).
@@ -11,6 +11,7 @@ pub mod ablation;
 mod adapter;
 pub mod arm;
 pub mod cell;
+pub mod contract;
 pub mod manifest;
 pub mod nfe_sweep;
 pub mod op_workload;
@@ -33,6 +34,7 @@ pub mod stats;
 pub mod summary;
 pub mod sweep;
 pub mod sweep_merge;
+mod thinning;
 mod thumbnail;
 pub mod train_workload;
 pub mod wiring;

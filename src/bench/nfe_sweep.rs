@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use super::arm::{Arm, MethodSpec, PLAIN};
+use super::contract::{self, Contract, MethodRates};
 use super::manifest::{Manifest, SweepConfig};
 use super::options::Layer;
 use super::remote::RemoteBackend;
@@ -88,7 +89,7 @@ pub fn run(
     command: &str,
     cancel: &CancelToken,
 ) -> Result<Option<Tally>> {
-    let sweep = configure(args, backend, command)?;
+    let sweep = configure(args, backend, command, cancel)?;
     if args.dry_run {
         print!("{}", describe(&sweep, backend)?);
         return Ok(None);
@@ -96,11 +97,17 @@ pub fn run(
     sweep.run(backend, cancel).map(Some)
 }
 
-/// Checks the options against what `backend` has and fills in the defaults.
+/// Checks the options against what `backend` has and fills in the defaults. Where budgets are
+/// times, measures the methods that the folder has no rates of.
 ///
 /// # Errors
-/// Names the option that is unusable.
-pub fn configure(args: &Args, backend: &dyn Backend, command: &str) -> Result<Sweep> {
+/// Names the option that is unusable; the backend's.
+pub fn configure(
+    args: &Args,
+    backend: &dyn Backend,
+    command: &str,
+    cancel: &CancelToken,
+) -> Result<Sweep> {
     let options = args.options()?;
     let methods = options.methods.unwrap_or_else(|| vec!["plain".into(), "best-of-n".into()]);
     let methods = methods.iter().map(|m| MethodSpec::parse(m)).collect::<Result<Vec<_>>>()?;
@@ -136,6 +143,10 @@ pub fn configure(args: &Args, backend: &dyn Backend, command: &str) -> Result<Sw
         let message = format!("'{reward}' is no single reward of which more is better");
         return Err(Error::invalid("replay", message));
     }
+    let contract = options.contract.unwrap_or_default();
+    if replay && contract == Contract::EqualLatency {
+        return Err(Error::invalid("replay", "derives budgets of forwards, not of time"));
+    }
     let (steps, min_steps) = (options.steps.unwrap_or(50), options.min_steps.unwrap_or(10));
     for (field, value) in [("steps", steps), ("min_steps", min_steps)] {
         if value == 0 {
@@ -163,13 +174,23 @@ pub fn configure(args: &Args, backend: &dyn Backend, command: &str) -> Result<Sw
         seeds,
         prompts: list.prompts,
         replay,
+        fewer_prompts: options.fewer_prompts.unwrap_or_default(),
+        contract,
         shard: args.shard.map(|s| s.to_string()),
+    };
+    let rates = match contract {
+        Contract::EqualF => MethodRates::new(),
+        Contract::EqualLatency => {
+            let known = Manifest::read(&out)?.map(|there| there.rates).unwrap_or_default();
+            contract::measure(backend, &config, &methods, known, cancel)?
+        }
     };
     Ok(Sweep {
         manifest: Manifest {
             format: 1,
             config,
             reference_budget: options.reference_budget,
+            rates,
             prompts_source,
             command: command.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -281,20 +302,29 @@ fn rewards(
 /// The grid of a sweep as text.
 fn describe(sweep: &Sweep, backend: &dyn Backend) -> Result<String> {
     let config = &sweep.manifest.config;
-    let held = (0..config.prompts.len()).filter(|&p| sweep.shard.is_none_or(|s| s.holds(p)));
-    let images = (held.count() * config.seeds.len()) as u64;
+    let held: Vec<usize> =
+        (0..config.prompts.len()).filter(|&p| sweep.shard.is_none_or(|s| s.holds(p))).collect();
     let mut lines = vec![format!(
-        "model {}, reward {}, held out {}, {images} images per row",
+        "model {}, reward {}, held out {}, {} prompts, {} seeds",
         config.model.id,
         config.reward,
-        config.held_out.as_deref().unwrap_or("none")
+        config.held_out.as_deref().unwrap_or("none"),
+        held.len(),
+        config.seeds.len()
     )];
+    let arms = sweep.arms(backend)?;
     let mut total = 0;
-    for (label, budget, arm) in sweep.arms(backend)? {
+    for (label, budget, arm) in &arms {
+        let at = format!("{label} at {}", config.contract.show(*budget));
+        let runs = |other| arms.iter().any(|(l, b, arm)| l == label && *b == other && arm.runs());
+        let method = sweep.methods.iter().find(|m| m.label == *label);
+        let computes =
+            |prompt: usize| method.is_some_and(|m| sweep.computes(m, *budget, prompt, runs));
+        let images = (held.iter().filter(|&&p| computes(p)).count() * config.seeds.len()) as u64;
         total += arm.f() * images;
-        lines.push(match &arm {
-            Arm::Infeasible(reason) => format!("{label} at {budget}: not run: {reason}"),
-            Arm::Replayed(from) => format!("{label} at {budget}: derived from {from}"),
+        lines.push(match arm {
+            Arm::Infeasible(reason) => format!("{at}: not run: {reason}"),
+            Arm::Run { .. } if images == 0 => format!("{at}: derived from a larger budget"),
             Arm::Run { method, request, f, .. } => {
                 let stands_in = if arm.is_fallback() {
                     format!(" (runs {}: the budget is too small)", method.label)
@@ -302,7 +332,8 @@ fn describe(sweep: &Sweep, backend: &dyn Backend) -> Result<String> {
                     String::new()
                 };
                 let steps = request.steps.unwrap_or_default();
-                format!("{label} at {budget}: {steps} steps, {f} forwards{stands_in}")
+                let count = if images == 1 { "image" } else { "images" };
+                format!("{at}: {steps} steps, {f} forwards, {images} {count}{stands_in}")
             }
         });
     }

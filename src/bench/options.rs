@@ -7,6 +7,8 @@ use std::str::FromStr;
 use serde::de::{DeserializeOwned, Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
+use super::contract::Contract;
+use super::thinning::Thinning;
 use crate::data::prompts::PromptSource;
 use crate::nn::device::{DeviceChoice, NumberChoice, Placement};
 use crate::{Error, Result};
@@ -79,7 +81,8 @@ pub struct Layer {
     /// [default: plain,best-of-n]
     #[arg(long, env = "DS_BENCH_METHODS", value_delimiter = ',', value_name = "LIST")]
     pub methods: Option<Vec<String>>,
-    /// U-Net forwards per image (F), comma-separated; one guided evaluation is 2
+    /// U-Net forwards per image (F), comma-separated; one guided evaluation is 2. Milliseconds
+    /// with --contract equal-latency
     /// [default: 100,200]
     #[arg(long, env = "DS_BENCH_BUDGETS", value_delimiter = ',', value_name = "LIST")]
     pub budgets: Option<Vec<u64>>,
@@ -118,6 +121,13 @@ pub struct Layer {
     /// scores: their mean over all choices of fewer candidates
     #[arg(long, env = "DS_BENCH_REPLAY", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub replay: Option<bool>,
+    /// On how few prompts, the first N, budgets from F on run: they cost most [default: all]
+    #[arg(long, env = "DS_BENCH_FEWER_PROMPTS", value_name = "F:N,…")]
+    pub fewer_prompts: Option<Thinning>,
+    /// What budgets count: U-Net forwards, or milliseconds, of which every method gets as many
+    /// forwards as its measured speed leaves time for [default: equal-f]
+    #[arg(long, env = "DS_BENCH_CONTRACT", value_enum, value_name = "WHAT")]
+    pub contract: Option<Contract>,
     /// Reward that searches maximise, or an ensemble such as a:0.75+b:0.25 or rank(a+b) [default: the first that is not the held-out one]
     #[arg(long, env = "DS_BENCH_REWARD", value_name = "NAME")]
     pub reward: Option<String>,
@@ -187,6 +197,8 @@ impl Layer {
             adapter: self.adapter.or(below.adapter),
             url: self.url.or(below.url),
             replay: self.replay.or(below.replay),
+            fewer_prompts: self.fewer_prompts.or(below.fewer_prompts),
+            contract: self.contract.or(below.contract),
             reward: self.reward.or(below.reward),
             held_out: self.held_out.or(below.held_out),
             steps: self.steps.or(below.steps),

@@ -5,16 +5,15 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use super::cell::{self, Cell};
+use super::contract::Contract;
 use super::manifest::{self, Manifest};
 use super::plot::{self, Axis, Curve, Panel, Point};
 use super::replay;
 use super::stats::{Estimate, REPLICATES};
-use super::summary::{Row, Summary};
+use super::summary::{LATE, Row, Summary};
 use super::sweep::CELLS;
 use crate::util::write_atomic;
 use crate::{Error, Result};
-
-const X_LABEL: &str = "U-Net forwards per image (NFE, logarithmic)";
 
 /// Reads the cells in `dir` and writes `cells.csv`, `summary.csv`,
 /// `summary.md`, `nfe-sweep.svg` and `nfe-sweep.png` beside them.
@@ -92,7 +91,7 @@ fn cells_csv(cells: &[Cell], rewards: &[String]) -> Result<Vec<u8>> {
 
 fn summary_csv(summary: &Summary) -> Result<Vec<u8>> {
     let mut header: Vec<String> =
-        "method requested_method budget steps n prompts infeasible f v y seconds"
+        "method requested_method budget steps n prompts infeasible f v y seconds overhead"
             .split(' ')
             .map(str::to_owned)
             .collect();
@@ -122,6 +121,7 @@ fn summary_csv(summary: &Summary) -> Result<Vec<u8>> {
                 number(Some(r.v)),
                 number(Some(r.y)),
                 number(Some(r.seconds)),
+                number(Some(r.overhead)),
             ];
             for score in &r.scores {
                 row.extend(estimate(score.estimate));
@@ -165,8 +165,9 @@ fn markdown(manifest: &Manifest, summary: &Summary) -> String {
     let _ = writeln!(out, "Made by:\n\n```sh\n{}\n```\n", manifest.command);
     let against = match summary.reference_budget {
         Some(budget) => format!(
-            "Δ is the mean difference from `plain` at budget {budget} over the same prompts and \
-             seeds."
+            "Δ is the mean difference from `plain` at budget {} over the same prompts and \
+             seeds.",
+            config.contract.show(budget)
         ),
         None => "No `plain` row to take differences against.".to_owned(),
     };
@@ -174,34 +175,52 @@ fn markdown(manifest: &Manifest, summary: &Summary) -> String {
         out,
         "Means with 95% intervals, bootstrapped over prompts ({REPLICATES} resamples, all seeds of \
          a prompt together, the same prompts in every row). {against} F: U-Net forwards (NFE), V: \
-         images scored, Y: VAE decodes, s: wall-clock seconds, all per image. Missing: images \
-         whose score failed; they are left out.\n"
+         images scored, Y: VAE decodes, s: wall-clock seconds, all per image. Overhead: the share of \
+         the seconds that was spent outside the networks and the rewards. Missing: images whose \
+         score failed; they are left out.\n"
     );
+    let late = config.contract == Contract::EqualLatency;
+    if late {
+        let _ = writeln!(
+            out,
+            "Budgets are times. A method has the forwards for which its measured seconds of a \
+             forward, a score and a decode leave time. Late: images that took over {:.0}% longer \
+             than their budget.\n",
+            100.0 * LATE
+        );
+    }
     let shown = summary.searched + usize::from(config.held_out.is_some());
     let rewards: Vec<&String> = summary.rewards.iter().take(shown).collect();
     let mut header = vec!["Method".to_owned(), "Budget".into(), "Steps".into()];
     for reward in &rewards {
         header.extend([(*reward).clone(), "Δ".into()]);
     }
-    header.extend(["F", "V", "Y", "s", "n", "Missing"].map(str::to_owned));
+    header.extend(["F", "V", "Y", "s", "Overhead", "n", "Missing"].map(str::to_owned));
+    header.extend(late.then(|| "Late".to_owned()));
     let _ = writeln!(out, "| {} |", header.join(" | "));
     let align: Vec<_> = (0..header.len()).map(|i| if i == 0 { "---" } else { "---:" }).collect();
     let _ = writeln!(out, "| {} |", align.join(" | "));
     for row in &summary.rows {
-        let _ = writeln!(out, "| {} |", markdown_row(row, rewards.len()).join(" | "));
+        let _ =
+            writeln!(out, "| {} |", markdown_row(config.contract, row, rewards.len()).join(" | "));
     }
     let reasons: Vec<&Row> = summary.rows.iter().filter(|r| r.reason.is_some()).collect();
     if !reasons.is_empty() {
         let _ = writeln!(out, "\nNot run:\n");
         for row in reasons {
             let reason = row.reason.as_deref().unwrap_or_default();
-            let _ = writeln!(out, "- `{}` at {}: {reason}", row.method, row.budget);
+            let _ = writeln!(
+                out,
+                "- `{}` at {}: {reason}",
+                row.method,
+                config.contract.show(row.budget)
+            );
         }
     }
     out
 }
 
-fn markdown_row(row: &Row, rewards: usize) -> Vec<String> {
+fn markdown_row(contract: Contract, row: &Row, rewards: usize) -> Vec<String> {
     let method = match &row.requested_method {
         Some(requested) => {
             format!(
@@ -213,7 +232,7 @@ fn markdown_row(row: &Row, rewards: usize) -> Vec<String> {
     };
     let mut cells = vec![
         method,
-        row.budget.to_string(),
+        contract.show(row.budget),
         row.steps.map_or(String::new(), |steps| steps.to_string()),
     ];
     for score in row.scores.iter().take(rewards) {
@@ -227,9 +246,14 @@ fn markdown_row(row: &Row, rewards: usize) -> Vec<String> {
     for (value, digits) in [(row.f, 1), (row.v, 1), (row.y, 1), (row.seconds, 2)] {
         cells.push(if value.is_finite() { format!("{value:.digits$}") } else { String::new() });
     }
+    let overhead = row.overhead.is_finite().then(|| format!("{:.1}%", 100.0 * row.overhead));
+    cells.push(overhead.unwrap_or_default());
     cells.push(row.n.to_string());
     let missing = row.scores.iter().take(rewards).map(|s| s.missing.to_string());
     cells.push(missing.collect::<Vec<_>>().join(", "));
+    if contract == Contract::EqualLatency {
+        cells.push(row.late.to_string());
+    }
     cells
 }
 
@@ -273,13 +297,21 @@ fn panels(manifest: &Manifest, summary: &Summary) -> Vec<Panel> {
                     .filter(|r| r.method == *method && r.on_curve() && r.f > 0.0)
                     .filter_map(|r| {
                         let estimate = r.scores[index].estimate?;
-                        Some(Point { x: r.f, mean: estimate.mean, interval: estimate.interval })
+                        let x = match config.contract {
+                            Contract::EqualF => r.f,
+                            Contract::EqualLatency => 1e3 * r.seconds,
+                        };
+                        Some(Point { x, mean: estimate.mean, interval: estimate.interval })
                     })
                     .collect();
                 points.sort_by(|a, b| a.x.total_cmp(&b.x));
                 Curve { label: method.clone(), points }
             };
-            let x = Axis { label: X_LABEL.into(), logarithmic: true };
+            let label = match config.contract {
+                Contract::EqualF => "U-Net forwards per image (NFE, logarithmic)",
+                Contract::EqualLatency => "milliseconds per image (logarithmic)",
+            };
+            let x = Axis { label: label.into(), logarithmic: true };
             Panel { title, x, curves: config.methods.iter().map(curve).collect() }
         })
         .collect()

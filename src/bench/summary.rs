@@ -9,6 +9,9 @@ use super::manifest::Manifest;
 use super::stats::{Bootstrap, Estimate, mean};
 use crate::rewards::ensemble;
 
+/// By how much of its budget of time an image may take longer before it is late.
+pub const LATE: f64 = 0.05;
+
 /// One reward in one row.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Score {
@@ -41,6 +44,10 @@ pub struct Row {
     pub v: f64,
     pub y: f64,
     pub seconds: f64,
+    /// Share of them outside the networks and the rewards: noise, solver, choices.
+    pub overhead: f64,
+    /// Images that took longer than their budget by more than [`LATE`], were it milliseconds.
+    pub late: usize,
     /// In the order of [`Summary::rewards`].
     pub scores: Vec<Score>,
     /// Whether the differences are taken against this row.
@@ -161,6 +168,8 @@ fn row(group: &[&Cell], ran: &[&Cell], scores: Vec<Score>, is_reference: bool) -
         v: average(&|c| c.v as f64),
         y: average(&|c| c.y as f64),
         seconds: average(&|c| c.seconds),
+        overhead: average(&|c| 1.0 - c.stages.values().sum::<f64>() / c.seconds),
+        late: ran.iter().filter(|c| 1e3 * c.seconds > (1.0 + LATE) * c.budget as f64).count(),
         scores,
         is_reference,
     }

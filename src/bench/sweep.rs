@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::arm::{Arm, MethodSpec, Planner};
 use super::cell::{Cell, CellStore};
+use super::contract::Contract;
 use super::manifest::{Manifest, SweepConfig};
 use super::progress::Ticker;
 use super::{replay, report, thumbnail};
@@ -101,19 +102,13 @@ impl Sweep {
     /// # Errors
     /// When a request is refused for another reason than its cost.
     pub fn arms(&self, backend: &dyn Backend) -> Result<Vec<(String, u64, Arm)>> {
-        let planner = Planner { backend, config: self.config() };
+        let planner = self.planner(backend);
         let mut arms: Vec<(String, u64, Arm)> = Vec::new();
         for method in &self.methods {
             let mut budgets = self.config().budgets.clone();
             budgets.sort_unstable();
-            let replayed = self.replayed(&planner, method)?;
             for budget in budgets {
                 let mut arm = planner.arm(method, budget)?;
-                if let Some(largest) = replayed.filter(|largest| *largest > budget)
-                    && matches!(&arm, Arm::Run { requested: None, .. })
-                {
-                    arm = Arm::Replayed(largest);
-                }
                 if let Some(cheaper) = arms.iter().find(|(label, _, other)| {
                     // Plain sampling at the most steps that the schedule has.
                     *label == method.label && method.is_plain() && *other == arm
@@ -122,7 +117,7 @@ impl Sweep {
                         Arm::Run { f, .. } => Arm::Infeasible(format!(
                             "plain sampling cannot spend more than {f} forwards here: \
                              the same as at budget {}",
-                            cheaper.1
+                            self.config().contract.show(cheaper.1)
                         )),
                         other => other.clone(),
                     };
@@ -133,16 +128,28 @@ impl Sweep {
         Ok(arms)
     }
 
-    /// The budget whose candidates the smaller ones of a method are derived from: the largest,
-    /// where it can run there.
-    fn replayed(&self, planner: &Planner, method: &MethodSpec) -> Result<Option<u64>> {
-        let chosen = method.params.contains_key("candidates");
-        if !self.config().replay || method.name != replay::METHOD || chosen {
-            return Ok(None);
-        }
-        let Some(largest) = self.config().budgets.iter().max().copied() else { return Ok(None) };
-        let runs = matches!(planner.arm(method, largest)?, Arm::Run { requested: None, .. });
-        Ok(runs.then_some(largest))
+    fn planner<'a>(&'a self, backend: &'a dyn Backend) -> Planner<'a> {
+        let (config, rates) = (self.config(), &self.manifest.rates);
+        Planner { backend, config, contract: config.contract, rates }
+    }
+
+    /// Whether a cell is computed: not where its budget leaves out the prompt, and not where its
+    /// scores are derived from the candidates of a larger budget of the prompt.
+    pub(super) fn computes(
+        &self,
+        method: &MethodSpec,
+        budget: u64,
+        prompt: usize,
+        runs: impl Fn(u64) -> bool,
+    ) -> bool {
+        let config = self.config();
+        let holds = |budget: &u64| config.fewer_prompts.holds(*budget, prompt);
+        let replayed = config.replay
+            && method.name == replay::METHOD
+            && !method.params.contains_key("candidates")
+            && runs(budget);
+        let larger = |other: &u64| *other > budget && holds(other) && runs(*other);
+        holds(&budget) && !(replayed && config.budgets.iter().any(larger))
     }
 
     /// Computes every cell that the folder lacks, then writes the reports of
@@ -207,7 +214,8 @@ impl Sweep {
             for &seed in &config.seeds {
                 for &budget in &config.budgets {
                     for (method, spec) in self.methods.iter().enumerate() {
-                        if let Some(Arm::Replayed(_)) = arms.get(&(method, budget)) {
+                        let runs = |budget| arms.get(&(method, budget)).is_some_and(Arm::runs);
+                        if !self.computes(spec, budget, prompt, runs) {
                             continue;
                         }
                         if done.contains(&(spec.label.as_str(), budget, prompt, seed)) {
@@ -231,7 +239,7 @@ impl Sweep {
         arms: &mut HashMap<(usize, u64), Arm>,
         ticker: &mut Ticker,
     ) -> Result<Cell> {
-        let planner = Planner { backend, config: self.config() };
+        let planner = self.planner(backend);
         let asked = &self.methods[todo.method];
         let key = (todo.method, todo.budget);
         loop {
@@ -251,10 +259,6 @@ impl Sweep {
                     cell.infeasible = Some(reason.clone());
                     return Ok(cell);
                 }
-                Arm::Replayed(budget) => {
-                    cell.infeasible = Some(format!("derived from budget {budget}"));
-                    return Ok(cell);
-                }
                 Arm::Run { method, requested, request, .. } => (method, requested, request),
             };
             let request = GenerateRequest {
@@ -272,7 +276,7 @@ impl Sweep {
                     cell.seconds = start.elapsed().as_secs_f64();
                     cell.method.clone_from(&method.label);
                     cell.requested_method.clone_from(requested);
-                    fill(&mut cell, generation)?;
+                    fill(&mut cell, generation, self.config().contract)?;
                     return Ok(cell);
                 }
                 Err(Error::Budget(_)) if !plain => planner.fallback(asked, todo.budget)?,
@@ -288,7 +292,7 @@ impl Sweep {
 }
 
 /// Copies what a generation cost and scored into its cell.
-fn fill(cell: &mut Cell, generation: Generation) -> Result<()> {
+fn fill(cell: &mut Cell, generation: Generation, contract: Contract) -> Result<()> {
     let image = generation
         .images
         .into_iter()
@@ -296,7 +300,7 @@ fn fill(cell: &mut Cell, generation: Generation) -> Result<()> {
         .ok_or_else(|| Error::invalid("images", "the backend returned no image"))?;
     let units = generation.cost.actual.units;
     (cell.f, cell.v, cell.y) = (units.f, units.v, units.y);
-    if cell.f > cell.budget {
+    if contract == Contract::EqualF && cell.f > cell.budget {
         tracing::warn!(
             "{} spent {} forwards of a budget of {} (prompt {}, seed {})",
             cell.method,

@@ -86,7 +86,8 @@ enum Command {
         #[arg(long = "adapter", value_name = "FILE[:SCALE]")]
         adapters: Vec<Addition>,
     },
-    /// Write an adapter in the key names of other programs, or the mean of several.
+    /// Write an adapter in the key names of other programs, stronger or weaker, or the mean of
+    /// several.
     ///
     /// Takes every naming that ds-serve takes.
     ConvertAdapter {
@@ -99,6 +100,9 @@ enum Command {
         /// The .safetensors file that is written.
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
+        /// What the adapter's effect is multiplied by.
+        #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true)]
+        scale: f64,
         #[arg(long, value_enum)]
         format: AdapterArg,
         /// Type of the matrices.
@@ -174,12 +178,12 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             export(&model, &out, layout, dtype.into(), &adapters)?;
             println!("{} is written", out.display());
         }
-        Command::ConvertAdapter { model, adapters, out, format, dtype } => {
+        Command::ConvertAdapter { model, adapters, out, scale, format, dtype } => {
             let format = match format {
                 AdapterArg::Kohya => LoraFormat::Kohya,
                 AdapterArg::Diffusers => LoraFormat::Diffusers,
             };
-            convert(&model, &adapters, &out, format, dtype.into())?;
+            convert(&model, &adapters, &out, scale, format, dtype.into())?;
             println!("{} is written", out.display());
         }
     }

@@ -1,6 +1,7 @@
 //! The engine: loads models, resolves and plans requests, runs them metered.
 //! `serve` and `bench` reach everything below through this floor.
 
+pub mod latency;
 pub mod local;
 mod memory;
 pub mod model;

@@ -104,6 +104,22 @@ impl Adapters {
         Ok(Self { unet: unet?, text: [first?, second?] })
     }
 
+    /// The adapter with its effect multiplied by `factor`: its up matrices are.
+    ///
+    /// # Errors
+    /// When the multiplication fails.
+    pub fn scaled(&self, factor: f64) -> Result<Self> {
+        let maps = Network::ALL.map(|network| -> Result<LoraMap> {
+            let scaled = self.network(network).iter().map(|(name, adapter)| {
+                let up = adapter.up.affine(factor, 0.0)?;
+                Ok((name.to_owned(), LowRank { up, ..adapter.clone() }))
+            });
+            Ok(LoraMap::new(scaled.collect::<Result<_>>()?))
+        });
+        let [unet, first, second] = maps;
+        Ok(Self { unet: unet?, text: [first?, second?] })
+    }
+
     /// Reads a LoRA file, of linear layers and convolutions, in the names of
     ///
     /// - kohya: `lora_unet_<module>.lora_down.weight`, `lora_te1_…`, `lora_te2_…`, where

@@ -15,7 +15,7 @@ use crate::{Error, Result};
 
 /// Writes the adapter in `files` of the checkpoint at `model`, in any naming that is read, to
 /// `out` with matrices in `dtype`. Of several files, checkpoints of one run, the matrices are
-/// averaged. Of the checkpoint only configurations are read. What the header of the last file
+/// averaged. The adapter's effect is multiplied by `scale`. Of the checkpoint only configurations are read. What the header of the last file
 /// says of training, title and so on goes along; what follows from the tensors is made anew.
 ///
 /// # Errors
@@ -26,12 +26,16 @@ pub fn convert(
     model: &Path,
     files: &[PathBuf],
     out: &Path,
+    scale: f64,
     format: LoraFormat,
     dtype: DType,
 ) -> Result<()> {
     if out.extension().is_none_or(|e| e != "safetensors") {
         let message = format!("expected a name that ends in .safetensors, got '{}'", out.display());
         return Err(Error::invalid("out", message));
+    }
+    if !scale.is_finite() {
+        return Err(Error::invalid("scale", format!("expected a number, got {scale}")));
     }
     let networks = Networks::at(model)?;
     let [unet, first, second] = matrices(&networks)?;
@@ -55,6 +59,9 @@ pub fn convert(
                 return Err(Error::file(last, message));
             }
         }
+    }
+    if scale != 1.0 {
+        adapters = adapters.scaled(scale)?;
     }
     let mut metadata = read_metadata(last)?;
     metadata.retain(|key, _| !COMPUTED.contains(&key.as_str()));

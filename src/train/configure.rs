@@ -107,6 +107,7 @@ impl From<Method> for Settings {
             beta: 500.0,
             gamma: 1.0,
             reward_eta: 1.0,
+            anchor: 0.0,
             reference_states: ReferenceStates::All,
             reference_refresh: 0,
             rollout_steps: 5,
@@ -266,8 +267,12 @@ impl Settings {
         if let Some((key, value)) = numbers.iter().find(|(_, v)| !v.is_finite()) {
             return Err(Error::invalid(*key, format!("expected a number, got {value}")));
         }
-        let from_zero =
-            [("gamma", self.gamma), ("reward_eta", self.reward_eta), ("min_gap", self.min_gap)];
+        let from_zero = [
+            ("gamma", self.gamma),
+            ("reward_eta", self.reward_eta),
+            ("anchor", self.anchor),
+            ("min_gap", self.min_gap),
+        ];
         if let Some((key, value)) = from_zero.iter().find(|(_, v)| !(v.is_finite() && *v >= 0.0)) {
             return Err(Error::invalid(*key, format!("expected a number from 0, got {value}")));
         }
@@ -275,6 +280,10 @@ impl Settings {
             let message = "all weights begin with the checkpoint's: merge the adapter into it \
                            (ds-train export --adapter)";
             return Err(Error::invalid("adapter", message));
+        }
+        if self.anchor > 0.0 && self.reference_states != ReferenceStates::All {
+            let message = "needs the reference at every state: reference_states = \"all\"";
+            return Err(Error::invalid("anchor", message));
         }
         if self.t_min > self.t_max {
             let message = format!("{} is above t_max, {}", self.t_min, self.t_max);

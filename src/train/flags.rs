@@ -181,6 +181,10 @@ pub struct Flags {
     /// Factor of the reward gap [loss rebel]
     #[arg(long, env = "DS_TRAIN_REWARD_ETA", value_name = "ETA")]
     pub reward_eta: Option<f64>,
+    /// Weight of the predictions' mean squared distance from the reference's: holds the model
+    /// to it where the pair does not ask for more; needs all reference states [rlhf]
+    #[arg(long, env = "DS_TRAIN_ANCHOR", value_name = "W")]
+    pub anchor: Option<f64>,
     /// States at which the reference is compared with [rlhf]
     #[arg(long, env = "DS_TRAIN_REFERENCE_STATES", value_enum)]
     pub reference_states: Option<ReferenceStates>,

@@ -29,6 +29,15 @@ pub struct Predicted {
     pub losses: Vec<f64>,
 }
 
+/// What predictions are held to besides: weight_r times the mean squared distance from these.
+#[derive(Clone, Debug)]
+pub struct Anchor {
+    /// [R, C, h, w], f32.
+    pub outputs: Tensor,
+    /// Of each row.
+    pub weights: Vec<f64>,
+}
+
 /// mean over C, h, w of (outputs − targets)², [R].
 pub fn squared_errors(outputs: &Tensor, targets: &Tensor) -> Result<Tensor> {
     Ok((outputs - targets)?.sqr()?.flatten_from(1)?.mean(1)?)
@@ -85,7 +94,8 @@ impl Policy<'_> {
 
     /// Adds the gradients of `scale · Σ_r factor_r · error_r`, where `errors` gives
     /// [R] squared errors with their graph and outputs, and `factors` is told the errors'
-    /// values: those of any loss that is a function of them, if factors are its derivatives.
+    /// values: those of any loss that is a function of them, if factors are its derivatives. An
+    /// anchor's distances are added to the sum.
     ///
     /// # Errors
     /// The closures', and those of the backward pass.
@@ -93,6 +103,7 @@ impl Policy<'_> {
         &mut self,
         errors: impl FnOnce(&Self) -> Result<(Tensor, Tensor)> + Send,
         factors: impl FnOnce(&[f64]) -> Result<Vec<f64>> + Send,
+        anchor: Option<&Anchor>,
         scale: f64,
     ) -> Result<Predicted>
     where
@@ -105,7 +116,13 @@ impl Policy<'_> {
                 let losses = values(&errors)?;
                 let factors: Vec<f32> = factors(&losses)?.into_iter().map(|f| f as f32).collect();
                 let factors = Tensor::new(factors, errors.device())?;
-                let loss = (errors * factors)?.sum_all()?;
+                let mut loss = (errors * factors)?.sum_all()?;
+                if let Some(anchor) = anchor {
+                    let weights: Vec<f32> = anchor.weights.iter().map(|w| *w as f32).collect();
+                    let weights = Tensor::new(weights, outputs.device())?;
+                    let apart = squared_errors(&outputs, &anchor.outputs)?;
+                    loss = (loss + (apart * weights)?.sum_all()?)?;
+                }
                 self.gradients.backward(&loss, scale)?;
                 Ok(Predicted { outputs: outputs.detach(), losses })
             })

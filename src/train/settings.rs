@@ -258,6 +258,8 @@ pub struct Settings {
     pub gamma: f64,
     /// Of the reward gap in `rebel`.
     pub reward_eta: f64,
+    /// Weight of the mean squared distance of a pair's predictions from the reference's.
+    pub anchor: f64,
     pub reference_states: ReferenceStates,
     /// Updates after which the reference becomes the model as it is; never at 0.
     pub reference_refresh: u64,

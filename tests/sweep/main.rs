@@ -481,3 +481,61 @@ proptest! {
         prop_assert_eq!(values(bench.cells("whole")), whole);
     }
 }
+
+#[test]
+fn costly_budgets_can_have_fewer_prompts() {
+    let bench = Bench::new(4);
+    let flags = "--methods plain,best-of-n --budgets 100,200,400 --fewer-prompts 400:1 --replay";
+    let tally = bench.sweep("a", flags, &Fake::default()).unwrap();
+    // Plain at two budgets of four prompts and one of one; best-of-n at each prompt's largest.
+    assert_eq!((tally.ran, tally.remaining), (2 * 4 + 1 + 4, 0));
+    let mut reader = csv::Reader::from_path(bench.out("a").join("summary.csv")).unwrap();
+    let header = reader.headers().unwrap().clone();
+    let at = |name: &str| header.iter().position(|h| h == name).unwrap();
+    for row in reader.records().map(|row| row.unwrap()) {
+        let expected = if &row[at("budget")] == "400" { "1" } else { "4" };
+        assert_eq!(&row[at("prompts")], expected, "{row:?}");
+    }
+    // More of them later.
+    let more = flags.replace("400:1", "400:3");
+    assert!(bench.sweep("a", &more, &Fake::default()).is_err());
+    let tally = bench.sweep("a", &format!("{more} --extend"), &Fake::default()).unwrap();
+    assert_eq!((tally.ran, tally.kept), (2 * 2, 2 * 4 + 1 + 2));
+}
+
+#[test]
+fn budgets_can_be_times() {
+    let bench = Bench::new(2);
+    // A forward of the fake takes a millisecond, says its meter.
+    let flags = "--methods plain,best-of-n --budgets 15,111,299,501 --contract equal-latency";
+    let fake = Fake::default();
+    let tally = bench.sweep("a", flags, &fake).unwrap();
+    assert_eq!((tally.ran, tally.infeasible), (2 * 2 * 4, 2 * 2));
+    let spent: BTreeSet<(String, u64, u64)> =
+        bench.cells("a").into_iter().map(|c| (c.method, c.budget, c.f)).collect();
+    let plain = |budget, f| ("plain".to_owned(), budget, f);
+    let searched = |budget, f| ("best-of-n".to_owned(), budget, f);
+    for cell in [plain(111, 110), plain(299, 298), plain(501, 500)] {
+        assert!(spent.contains(&cell), "{cell:?} is not in {spent:?}");
+    }
+    for cell in [searched(111, 100), searched(299, 200), searched(501, 500)] {
+        assert!(spent.contains(&cell), "{cell:?} is not in {spent:?}");
+    }
+    let table = bench.text("a", "summary.md");
+    assert!(table.contains("| 501 ms |") && table.contains("| Late |"), "{table}");
+    assert!(
+        table.contains("10 steps of plain sampling cost 0.020 s, the budget is 15 ms"),
+        "{table}"
+    );
+    assert!(bench.text("a", "nfe-sweep.svg").contains("milliseconds per image"));
+    // Measured once: two methods and a warm-up, and the cells.
+    let calls = |fake: &Fake| fake.calls.load(std::sync::atomic::Ordering::SeqCst);
+    assert_eq!(calls(&fake), 3 + 12);
+    let again = Fake::default();
+    let tally = bench.sweep("a", flags, &again).unwrap();
+    assert_eq!((calls(&again), tally.kept), (0, 16));
+    for wrong in [flags.replace("latency", "f"), format!("{flags} --replay")] {
+        let error = bench.sweep("a", &wrong, &Fake::default()).unwrap_err().to_string();
+        assert!(error.contains("contract") || error.starts_with("replay"), "{error}");
+    }
+}

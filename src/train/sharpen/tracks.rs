@@ -12,7 +12,7 @@ use crate::diffusion::guidance::combine;
 use crate::diffusion::meter::MeteredDenoiser;
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::train::objective::Objective;
-use crate::train::pass::{Policy, Predicted, Sample, evaluate, squared_errors};
+use crate::train::pass::{Anchor, Policy, Predicted, Sample, evaluate, squared_errors};
 use crate::train::settings::{ChainGrad, ReferenceStates, Settings, Target};
 
 /// A chosen trajectory.
@@ -83,17 +83,22 @@ impl Tracks<'_> {
             let (tracks, samples) = (&self.tracks[range.clone()], &samples[range]);
             let count: usize = samples.iter().map(Vec::len).sum();
             let known = of_reference.losses.get(seen..seen + count).unwrap_or_default();
+            let outputs = match &of_reference.outputs {
+                Some(outputs) => Some(outputs.narrow(0, seen, count)?),
+                None => None,
+            };
+            let anchor = outputs.as_ref().and_then(|outputs| self.anchor(samples, outputs));
             let predicted = policy.learn(
                 |policy| match self.settings.chain_grad {
                     ChainGrad::Detach => policy.errors(&samples.concat()),
                     ChainGrad::Through => self.through(policy, tracks, samples),
                 },
                 |losses| Ok(self.factors(tracks, samples, losses, known, &mut notes)),
+                anchor.as_ref(),
                 scale,
             )?;
-            if let Some(outputs) = &of_reference.outputs {
-                let outputs = outputs.narrow(0, seen, count)?;
-                notes.kl.extend(self.divergence(&samples.concat(), &predicted, &outputs)?);
+            if let Some(outputs) = &outputs {
+                notes.kl.extend(self.divergence(&samples.concat(), &predicted, outputs)?);
             }
             report.policy_passes += count as u64;
             seen += count;
@@ -133,6 +138,15 @@ impl Tracks<'_> {
         // The same for every state, so that the mean over states is the first's.
         let repeated = found.iter().zip(samples).flat_map(|(l, track)| vec![*l; track.len()]);
         Ok(Reference { losses: repeated.collect(), outputs: None })
+    }
+
+    /// What holds the predictions to the reference's: `anchor` times their mean squared distance,
+    /// a mean over a trajectory's states and a sum over the pair.
+    fn anchor(&self, samples: &[Vec<Sample>], reference: &Tensor) -> Option<Anchor> {
+        let weight = self.settings.anchor;
+        let even = |states: &Vec<Sample>| vec![weight / states.len() as f64; states.len()];
+        let weights = samples.iter().flat_map(even).collect();
+        (weight > 0.0).then(|| Anchor { outputs: reference.clone(), weights })
     }
 
     /// ∂loss/∂error of each state of these tracks, which are of whole groups.
