@@ -201,12 +201,20 @@ fn plain(method: Method, s: &Settings, trainable: &Trainable) -> (GradStore, f64
                     }
                 };
                 let error = |e: &Tensor| (e - &target).unwrap().sqr().unwrap().mean_all().unwrap();
-                loss.push(error(&output));
-                let there = predict(base, &input.detach(), t, text).detach();
-                let change = (&output - there).unwrap().sqr().unwrap();
+                let guided = |unet: &UNet, output: &Tensor| {
+                    if s.loss_guidance == 1.0 {
+                        return output.clone();
+                    }
+                    let null = predict(unet, &input, t, &model.null);
+                    (&null + ((output - &null).unwrap() * s.loss_guidance).unwrap()).unwrap()
+                };
+                let compared = guided(&unet, &output);
+                loss.push(error(&compared));
+                let there = guided(base, &predict(base, &input.detach(), t, text)).detach();
+                let change = (&compared - &there).unwrap().sqr().unwrap();
                 distance.push(change.mean_all().unwrap());
                 if s.reference_states == ReferenceStates::All || k == 0 {
-                    loss_ref.push(scalar(&error(&predict(base, &input.detach(), t, text))));
+                    loss_ref.push(scalar(&error(&there)));
                 }
                 let mixed = if s.chain_guidance == 1.0 {
                     output
@@ -323,6 +331,13 @@ fn updates_are_those_of_a_plain_implementation() {
         }),
     );
     compare(
+        "rlhf, guided in the loss",
+        Rlhf,
+        &with(Rlhf, |s| {
+            (s.anchor, s.loss_guidance, s.micro) = (500.0, 4.0, 2);
+        }),
+    );
+    compare(
         "rlhf, as the released code",
         Rlhf,
         &with(Rlhf, |s| {
@@ -343,8 +358,9 @@ fn the_model_that_is_its_reference_has_the_loss_of_no_preference() {
 
 #[test]
 fn costs_are_as_planned() {
-    let cases: [Case; 4] = [
+    let cases: [Case; 5] = [
         (Method::Sft, |_| {}),
+        (Method::Rlhf, |s| s.loss_guidance = 4.0),
         (Method::Rlhf, |s| s.chain_guidance = 4.0),
         (Method::Rlhf, |s| s.estimate_steps = 3),
         (Method::Rlhf, |s| (s.chain_grad, s.chain_guidance) = (ChainGrad::Through, 2.0)),

@@ -21,9 +21,9 @@ const PROMPTS: [&str; 2] = ["a red circle left of a blue square", "three green s
 const IMAGES_A_PROMPT: usize = 32;
 
 /// A file with every prompt `times` times.
-fn prompts(folder: &Path, times: usize) -> PromptSource {
-    let path = folder.join(format!("prompts-{times}.txt"));
-    std::fs::write(&path, format!("{}\n", PROMPTS.join("\n")).repeat(times)).unwrap();
+fn prompts(folder: &Path, prompts: &[&str], times: usize) -> PromptSource {
+    let path = folder.join(format!("{}-{times}.txt", prompts[0].replace(' ', "-")));
+    std::fs::write(&path, format!("{}\n", prompts.join("\n")).repeat(times)).unwrap();
     PromptSource::File { path, column: None }
 }
 
@@ -31,7 +31,7 @@ fn settings(folder: &Path, name: &str, select: Select) -> Settings {
     Settings {
         model: Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny").display().to_string(),
         out: Some(folder.join(name).display().to_string()),
-        prompts: Some(prompts(folder, 1)),
+        prompts: Some(prompts(folder, &PROMPTS, 1)),
         rewards: vec!["judge".into()],
         select,
         steps: 24,
@@ -47,7 +47,7 @@ fn settings(folder: &Path, name: &str, select: Select) -> Settings {
         warmup: 0,
         ema: 0.0,
         validate_every: 24,
-        validation_prompts: prompts(folder, IMAGES_A_PROMPT),
+        validation_prompts: prompts(folder, &PROMPTS, IMAGES_A_PROMPT),
         validation_steps: 8,
         ..Settings::from(Method::Rlhf)
     }
@@ -76,11 +76,14 @@ fn rlhf_raises_its_reward_and_shuffled_rewards_do_not() {
     assert!(best > shuffled + 0.04, "{best} against {shuffled}");
 }
 
+/// Prompts that the base draws badly.
+const HARD: [&str; 2] = ["a dotted heart left of a striped square", "two striped red stars"];
+
 /// A folder of images of the prompts, `captions[i]` beside those of prompt i.
 fn images(folder: &Path, captions: [&str; 2]) -> ImageSource {
     let mut rows = String::new();
     std::fs::create_dir_all(folder).unwrap();
-    for (i, prompt) in PROMPTS.iter().enumerate() {
+    for (i, prompt) in HARD.iter().enumerate() {
         let parsed = Caption::parse(prompt).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(i as u64);
         for copy in 0..24 {
@@ -103,20 +106,24 @@ fn sft_raises_the_reward_and_swapped_captions_do_not() {
             data,
             n: 2,
             m: 2,
-            steps: 24,
+            steps: 32,
             batch: 8,
             micro: 8,
-            lr: 1e-3,
+            lr: 2e-3,
             warmup: 0,
             ema: 0.0,
+            validation_guidance: 2.0,
             chain_guidance: 1.0,
+            validate_every: 32,
+            validation_prompts: prompts(folder.path(), &HARD, IMAGES_A_PROMPT),
             ..settings(folder.path(), name, Select::Best)
         };
         let base = Settings::from(Method::Sft);
-        before_and_after(Method::Sft, Settings { score: base.score, ..settings })
+        let settings = Settings { score: base.score, renoise: base.renoise, ..settings };
+        before_and_after(Method::Sft, settings)
     };
-    let [base, best] = trained("best", PROMPTS);
-    let [_, swapped] = trained("swapped", [PROMPTS[1], PROMPTS[0]]);
+    let [base, best] = trained("best", HARD);
+    let [_, swapped] = trained("swapped", [HARD[1], HARD[0]]);
     assert!(best > base + 0.02, "from {base} to {best}");
     assert!(best > swapped + 0.04, "{best} against {swapped}");
 }

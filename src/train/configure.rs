@@ -107,6 +107,7 @@ impl From<Method> for Settings {
             beta: 500.0,
             gamma: 1.0,
             reward_eta: 1.0,
+            loss_guidance: 1.0,
             anchor: 0.0,
             reference_states: ReferenceStates::All,
             reference_refresh: 0,
@@ -260,6 +261,7 @@ impl Settings {
         }
         let numbers = [
             ("chain_guidance", self.chain_guidance),
+            ("loss_guidance", self.loss_guidance),
             ("rollout_guidance", self.rollout_guidance),
             ("validation_guidance", self.validation_guidance),
             ("alpha", self.alpha.unwrap_or(1.0)),
@@ -284,6 +286,11 @@ impl Settings {
         if self.anchor > 0.0 && self.reference_states != ReferenceStates::All {
             let message = "needs the reference at every state: reference_states = \"all\"";
             return Err(Error::invalid("anchor", message));
+        }
+        if self.loss_guidance != 1.0 && self.chain_grad == ChainGrad::Through {
+            let message = "gradients through the chain are of predictions without guidance: \
+                           expected 1, or chain_grad detach";
+            return Err(Error::invalid("loss_guidance", message));
         }
         if self.t_min > self.t_max {
             let message = format!("{} is above t_max, {}", self.t_min, self.t_max);

@@ -79,9 +79,9 @@ impl UpdateCost {
                 ReferenceStates::All => states,
                 ReferenceStates::First => 1.0,
             };
-            cost.reference = groups * 2.0 * compared;
+            cost.reference = groups * 2.0 * compared * twice(s.loss_guidance);
         }
-        cost.backward = groups * chosen * states;
+        cost.backward = groups * chosen * states * twice(s.loss_guidance);
         cost.policy = match (s.chain_grad, twice(s.chain_guidance)) {
             (ChainGrad::Through, 2.0) => cost.backward + groups * chosen * (states - 1.0),
             _ => cost.backward,
@@ -97,6 +97,9 @@ impl UpdateCost {
 /// help where the device has less than the run takes.
 pub fn dry_run(method: Method, settings: &Settings) -> Result<String> {
     settings.check(method)?;
+    if let Some(adapter) = &settings.adapter {
+        std::fs::File::open(adapter).map_err(|e| Error::file(Path::new(adapter), e))?;
+    }
     let path = Path::new(&settings.model);
     let networks = Networks::at(path)?;
     let scheduler: SchedulerConfig = ModelFolder::scheduler_at(path)?;
@@ -120,7 +123,8 @@ pub fn dry_run(method: Method, settings: &Settings) -> Result<String> {
         steps: settings.m,
         decode_batch: settings.decode_batch,
     };
-    let alive = settings.micro.min(settings.batch) * chosen * settings.m;
+    let rows = if settings.loss_guidance == 1.0 { 1 } else { 2 };
+    let alive = settings.micro.min(settings.batch) * chosen * settings.m * rows;
     let cut = Schedule { micro_batch: alive, recompute: settings.recompute };
     let plan = MemoryPlan::new(&networks, &setting, cut, H100)?;
     if let Some(memory) = DeviceMemory::of(&placement.device) {

@@ -7,6 +7,7 @@ use super::texts;
 use crate::Result;
 use crate::diffusion::cost::Units;
 use crate::diffusion::denoiser::{Conditioning, TextCond};
+use crate::diffusion::guidance::combine;
 use crate::diffusion::meter::{Meter, MeteredDenoiser};
 use crate::nn::threads;
 use crate::sdxl::UNet;
@@ -19,7 +20,8 @@ pub struct Sample {
     pub t: f64,
     /// Of the network's prediction type, [C, h, w], f32.
     pub target: Tensor,
-    pub text: TextCond,
+    /// What the prediction is made with; guided where it says so.
+    pub cond: Conditioning,
 }
 
 /// Predictions [R, C, h, w] in f32 and their mean squared distances from the targets.
@@ -51,7 +53,7 @@ fn targets(samples: &[Sample]) -> Result<Tensor> {
     Ok(Tensor::stack(&samples.iter().map(|s| &s.target).collect::<Vec<_>>(), 0)?)
 }
 
-/// Predictions without guidance and without gradients, `micro_batch` rows at a time.
+/// Predictions without gradients, `micro_batch` rows at a time.
 ///
 /// # Errors
 /// `Error::Budget` before an evaluation, the network's.
@@ -62,11 +64,10 @@ pub fn evaluate(
 ) -> Result<Predicted> {
     let (mut outputs, mut losses) = (Vec::new(), Vec::new());
     for part in samples.chunks(micro_batch.max(1)) {
-        let plain: Vec<Conditioning> =
-            part.iter().map(|s| Conditioning::plain(s.text.clone())).collect();
+        let conds: Vec<&Conditioning> = part.iter().map(|s| &s.cond).collect();
         let x = Tensor::stack(&part.iter().map(|s| &s.x).collect::<Vec<_>>(), 0)?;
         let t = Tensor::new(part.iter().map(|s| s.t as f32).collect::<Vec<_>>(), x.device())?;
-        let output = denoiser.predict(&x, &t, &plain.iter().collect::<Vec<_>>())?;
+        let output = denoiser.predict(&x, &t, &conds)?;
         losses.extend(values(&squared_errors(&output, &targets(part)?)?)?);
         outputs.push(output);
     }
@@ -136,7 +137,18 @@ impl Policy<'_> {
     pub fn errors(&self, samples: &[Sample]) -> Result<(Tensor, Tensor)> {
         let x = Tensor::stack(&samples.iter().map(|s| &s.x).collect::<Vec<_>>(), 0)?;
         let t: Vec<f64> = samples.iter().map(|s| s.t).collect();
-        let outputs = self.predict(&x, &t, &samples.iter().map(|s| &s.text).collect::<Vec<_>>())?;
+        let conds: Vec<&Conditioning> = samples.iter().map(|s| &s.cond).collect();
+        let nulls: Vec<&TextCond> = conds.iter().filter_map(|c| c.unconditional()).collect();
+        let positive = conds.iter().map(|c| &c.positive);
+        let outputs = if nulls.is_empty() {
+            self.predict(&x, &t, &positive.collect::<Vec<_>>())?
+        } else {
+            // Guidance is the same for all.
+            let rows = samples.len();
+            let text: Vec<&TextCond> = nulls.into_iter().chain(positive).collect();
+            let both = self.predict(&Tensor::cat(&[&x, &x], 0)?, &t.repeat(2), &text)?;
+            combine(&both.narrow(0, 0, rows)?, &both.narrow(0, rows, rows)?, &conds)?
+        };
         Ok((squared_errors(&outputs, &targets(samples)?)?, outputs))
     }
 }

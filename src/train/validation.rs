@@ -10,6 +10,7 @@ use super::pass::{Sample, evaluate};
 use super::setup::Setup;
 use super::texts::Texts;
 use crate::Result;
+use crate::diffusion::denoiser::Conditioning;
 use crate::diffusion::guidance::Guided;
 use crate::diffusion::meter::{Meter, MeteredDenoiser};
 use crate::diffusion::noise::{NoiseKey, Purpose};
@@ -94,7 +95,7 @@ impl Validation<'_> {
                 let noise = key.normal(Purpose::Data, tenth, 0, shape, device)?;
                 let x = self.setup.schedule.add_noise(&clean, &noise, &[t])?.get(0)?;
                 let target = self.setup.schedule.target(&clean, &noise, &[t])?.get(0)?;
-                Ok(Sample { x, t, target, text: held.text.clone() })
+                Ok(Sample { x, t, target, cond: Conditioning::plain(held.text.clone()) })
             };
             let samples = held.iter().enumerate().map(sample).collect::<Result<Vec<_>>>()?;
             let losses = evaluate(&denoiser, &samples, self.setup.settings.rollout_batch)?.losses;

@@ -140,7 +140,7 @@ impl Sharpening<'_> {
                 sign: *sign,
                 start: rows[*row].start,
                 cond: conds[row / n].clone(),
-                text: groups[row / n].text.clone(),
+                loss_cond: self.conditioning(&groups[row / n].text, self.settings.loss_guidance),
                 clean: clean.get(*row)?,
                 noise: noise.get(*row)?,
             });

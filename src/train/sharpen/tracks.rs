@@ -27,7 +27,7 @@ pub struct Track {
     /// Of the chain.
     pub cond: Conditioning,
     /// Of the loss.
-    pub text: TextCond,
+    pub loss_cond: Conditioning,
     /// The clean latent and the noise that took it to the start, [C, h, w].
     pub clean: Tensor,
     pub noise: Tensor,
@@ -100,7 +100,8 @@ impl Tracks<'_> {
             if let Some(outputs) = &outputs {
                 notes.kl.extend(self.divergence(&samples.concat(), &predicted, outputs)?);
             }
-            report.policy_passes += count as u64;
+            let rows = if self.settings.loss_guidance == 1.0 { 1 } else { 2 };
+            report.policy_passes += (count * rows) as u64;
             seen += count;
         }
         notes.into(report, self.objective.is_some());
@@ -122,7 +123,7 @@ impl Tracks<'_> {
                 }
             };
             let target = self.schedule.target(&one(&track.clean)?, &one(&noise)?, &[t])?.get(0)?;
-            samples.push(Sample { x, t, target, text: track.text.clone() });
+            samples.push(Sample { x, t, target, cond: track.loss_cond.clone() });
         }
         Ok(samples)
     }
@@ -215,7 +216,7 @@ impl Tracks<'_> {
             active = stays.into_iter().map(|i| active[i]).collect();
             let here: Vec<&Sample> = active.iter().map(|i| &samples[*i][k]).collect();
             let t: Vec<f64> = here.iter().map(|s| s.t).collect();
-            let text: Vec<&TextCond> = here.iter().map(|s| &s.text).collect();
+            let text: Vec<&TextCond> = here.iter().map(|s| &s.cond.positive).collect();
             let output = policy.predict(&x, &t, &text)?;
             let targets: Vec<&Tensor> = here.iter().map(|s| &s.target).collect();
             errors.push(squared_errors(&output, &Tensor::stack(&targets, 0)?)?);
