@@ -2,8 +2,8 @@
 //!
 //! One file or folder per `ds-bench` subcommand ([`ablation`], [`nfe_sweep`], [`sweep_merge`],
 //! [`parity_cmd`], [`plan_cmd`], [`scene_report`], [`sharpen_step`], [`speed`]), over the parts
-//! they share: the grid and its resumable cells ([`sweep`], [`arm`], [`contract`], [`cell`], [`manifest`]),
-//! what is read off them ([`stats`], [`summary`], [`report`], [`plot`]), where
+//! they share: the grid and its resumable cells ([`sweep`], [`arm`], [`contract`], [`cell`],
+//! [`manifest`]), what is read off them ([`stats`], [`summary`], [`report`], [`plot`]), where
 //! images come from ([`remote`], [`wiring`]), and the work that is timed
 //! ([`workload`], [`train_workload`], [`sharpen_workload`] and [`op_workload`]).
 

@@ -51,7 +51,6 @@ impl UpdateCost {
         let of = |t: &f64| s.m.min(1 + (t / stride) as usize) as f64;
         let states = starts.iter().map(of).sum::<f64>() / starts.len() as f64;
         let (groups, n) = (s.batch as f64, s.n as f64);
-        let twice = |guidance: f64| if guidance == 1.0 { 1.0 } else { 2.0 };
         let chosen = if method == Method::Rlhf { 2.0 } else { 1.0 };
         let mut cost = Self::default();
         let scored_chains = s.n > 1 && s.score == Score::Chain;
@@ -90,6 +89,11 @@ impl UpdateCost {
     }
 }
 
+/// Rows of a prediction with this guidance.
+fn twice(guidance: f64) -> f64 {
+    if guidance == 1.0 { 1.0 } else { 2.0 }
+}
+
 /// The memory plan of a run, and a text that says all.
 ///
 /// # Errors
@@ -123,8 +127,8 @@ pub fn dry_run(method: Method, settings: &Settings) -> Result<String> {
         steps: settings.m,
         decode_batch: settings.decode_batch,
     };
-    let rows = if settings.loss_guidance == 1.0 { 1 } else { 2 };
-    let alive = settings.micro.min(settings.batch) * chosen * settings.m * rows;
+    let rows = settings.micro.min(settings.batch) * chosen * settings.m;
+    let alive = rows * twice(settings.loss_guidance) as usize;
     let cut = Schedule { micro_batch: alive, recompute: settings.recompute };
     let plan = MemoryPlan::new(&networks, &setting, cut, H100)?;
     if let Some(memory) = DeviceMemory::of(&placement.device) {

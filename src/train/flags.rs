@@ -182,7 +182,7 @@ pub struct Flags {
     #[arg(long, env = "DS_TRAIN_REWARD_ETA", value_name = "ETA")]
     pub reward_eta: Option<f64>,
     /// Guidance scale of the predictions that the loss compares: that of sampling, if it is to
-    /// improve what is sampled [rlhf]
+    /// improve what is sampled
     #[arg(long, env = "DS_TRAIN_LOSS_GUIDANCE", value_name = "W")]
     pub loss_guidance: Option<f64>,
     /// Weight of the predictions' mean squared distance from the reference's: holds the model

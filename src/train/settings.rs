@@ -258,7 +258,7 @@ pub struct Settings {
     pub gamma: f64,
     /// Of the reward gap in `rebel`.
     pub reward_eta: f64,
-    /// Guidance of the predictions that a pair is compared by.
+    /// Guidance of the predictions that the loss compares.
     pub loss_guidance: f64,
     /// Weight of the mean squared distance of a pair's predictions from the reference's.
     pub anchor: f64,

@@ -83,10 +83,8 @@ impl Tracks<'_> {
             let (tracks, samples) = (&self.tracks[range.clone()], &samples[range]);
             let count: usize = samples.iter().map(Vec::len).sum();
             let known = of_reference.losses.get(seen..seen + count).unwrap_or_default();
-            let outputs = match &of_reference.outputs {
-                Some(outputs) => Some(outputs.narrow(0, seen, count)?),
-                None => None,
-            };
+            let outputs = of_reference.outputs.as_ref();
+            let outputs = outputs.map(|all| all.narrow(0, seen, count)).transpose()?;
             let anchor = outputs.as_ref().and_then(|outputs| self.anchor(samples, outputs));
             let predicted = policy.learn(
                 |policy| match self.settings.chain_grad {
@@ -100,8 +98,8 @@ impl Tracks<'_> {
             if let Some(outputs) = &outputs {
                 notes.kl.extend(self.divergence(&samples.concat(), &predicted, outputs)?);
             }
-            let rows = if self.settings.loss_guidance == 1.0 { 1 } else { 2 };
-            report.policy_passes += (count * rows) as u64;
+            let passes = samples.iter().flatten().map(|s| s.cond.forwards_per_eval());
+            report.policy_passes += passes.sum::<u64>();
             seen += count;
         }
         notes.into(report, self.objective.is_some());
