@@ -87,11 +87,12 @@ impl CancelToken {
 }
 
 /// A method or reward as listed to callers.
-#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
 pub struct Listing {
     pub name: String,
     pub summary: String,
     /// JSON-schema-like description of each parameter: name → {type, default, description}.
+    #[schema(value_type = Object)]
     pub params: serde_json::Map<String, serde_json::Value>,
 }
 

@@ -1,10 +1,13 @@
 // The page: lists what the server has, posts one request per arm, one after
 // the other so that their seconds can be compared, and shows what comes back.
 
+import { call, generate as ask, key, setKey } from "./api.js";
 import { Form, byId, letter } from "./arms.js";
+import { History } from "./history.js";
 import { Card, clearResults, compare, seconds } from "./results.js";
 
 let form = null;
+let history = null;
 let running = null;
 
 function say(text, bad = false) {
@@ -14,28 +17,38 @@ function say(text, bad = false) {
 
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** Fetches JSON; anything but success is thrown as a problem. */
-async function call(path, init) {
-  let response;
-  try {
-    response = await fetch(path, init);
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw { title: "The server did not answer", detail: "Is it still running?", status: 0 };
+/** Asks for the key that the server wants; resolves when there is one to try. */
+function askForKey(detail) {
+  const dialog = byId("key-dialog");
+  byId("key-error").textContent = key() ? detail : "";
+  byId("key-error").hidden = !key();
+  byId("key").value = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => {
+      setKey(byId("key").value.trim());
+      resolve();
+    }, { once: true });
+  });
+}
+
+/** Shows one view; the address says which. */
+function show() {
+  const view = location.hash === "#history" ? "history" : "compare";
+  for (const name of ["compare", "history"]) {
+    byId(`${name}-view`).hidden = name !== view;
+    if (name === view) byId(`to-${name}`).setAttribute("aria-current", "page");
+    else byId(`to-${name}`).removeAttribute("aria-current");
   }
-  const body = await response.json().catch(() => null);
-  if (response.ok && body) return body;
-  const problem = {
-    title: body?.title ?? `The server answered ${response.status}`,
-    detail: body?.detail ?? response.statusText,
-    field: body?.field,
-    status: response.status,
-  };
-  const retry = Number(response.headers.get("retry-after"));
-  if (retry > 0 && !problem.detail.includes("try again")) {
-    problem.detail += ` (try again in ${retry} s)`;
-  }
-  throw problem;
+  if (view === "history") history?.load();
+}
+
+/** Fills the form with what was asked for before. */
+function useAgain(item) {
+  form.use(item);
+  location.hash = "#compare";
+  show();
+  byId("prompt").focus();
 }
 
 async function connect() {
@@ -49,10 +62,16 @@ async function connect() {
         return;
       }
       form = new Form({ models, limits, methods, rewards }, () => {});
+      history = new History(methods, useAgain);
+      show();
       byId("go").disabled = false;
       say("Ready.");
       return;
     } catch (problem) {
+      if (problem.status === 401) {
+        await askForKey(problem.detail);
+        continue;
+      }
       say(`${problem.title}: ${problem.detail}`, problem.status !== 503);
       await pause(1500);
     }
@@ -90,13 +109,8 @@ async function runArm(card, signal, start) {
     byId("elapsed").textContent = `${((now - start) / 1000).toFixed(1)} s`;
   }, 100);
   try {
-    const answer = await call("/generate", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(card.body),
-      signal,
-    });
-    card.done(answer, (performance.now() - began) / 1000);
+    const answer = await ask(card.body, signal, (name, data) => card.tell(name, data));
+    await card.done(answer, (performance.now() - began) / 1000);
     return true;
   } catch (problem) {
     if (signal.aborted) throw problem;
@@ -168,4 +182,6 @@ byId("prompt").addEventListener("keydown", (event) => {
 byId("pixels").addEventListener("change", (event) => {
   byId("results").classList.toggle("show-pixels", event.target.checked);
 });
+window.addEventListener("hashchange", show);
+show();
 connect();

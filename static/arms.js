@@ -111,6 +111,25 @@ export class Form {
     for (const arm of state.arms) this.addArm(arm);
   }
 
+  /** Fills in what a generation of the history was asked for: one arm. */
+  use(item) {
+    const { name, ...params } = item.method;
+    const known = this.listing.methods.find((m) => m.name === name)?.params ?? {};
+    const kept = Object.entries(params).filter(([key, value]) => key in known && typeof value !== "object");
+    for (const arm of [...this.arms]) arm.element.remove();
+    this.arms = [];
+    byId("prompt").value = item.prompt;
+    byId("seed").value = item.seed;
+    byId("model").value = item.model;
+    this.showModel();
+    this.addArm({
+      method: name,
+      adapter: item.adapter ?? "",
+      params: Object.fromEntries(kept.map(([key, value]) => [key, String(value)])),
+    });
+    this.changed();
+  }
+
   showModel() {
     const model = this.model();
     if (!model) return;
@@ -218,9 +237,14 @@ export class Form {
       add(`param-${name}`, name.replaceAll("_", " "),
         this.paramControl(state.params, name, schema ?? {}, input, select), schema?.description);
     }
-    const rewards = this.listing.rewards.map((r) => [r.name, r.name]);
-    if (rewards.length > 0) {
-      add("reward", "Reward searched", select(state, "reward", [["", "default"], ...rewards]));
+    if (this.listing.rewards.length > 0) {
+      const list = this.rewardList(arm);
+      const control = input(state, "reward",
+        { type: "text", placeholder: "default", autocomplete: "off", spellcheck: false });
+      control.setAttribute("list", list.id);
+      add("reward", "Reward searched", control,
+        "A reward, or several: a:0.75+b:0.25, rank(a+b), normalised(a+b)");
+      fields.append(list);
     }
     const adapters = (model?.adapters ?? []).map((name) => [name, name]);
     if (adapters.length > 0) {
@@ -249,6 +273,15 @@ export class Form {
     return input(params, name, { type: "text", placeholder: fallback });
   }
 
+  /** Suggestions: each reward, and all of them together. */
+  rewardList(arm) {
+    const names = this.listing.rewards.map((r) => r.name);
+    const all = names.join("+");
+    const together = names.length > 1 ? [all, `rank(${all})`, `normalised(${all})`] : [];
+    return make("datalist", { id: `${arm.id}-rewards` },
+      ...[...names, ...together].map((value) => make("option", { value })));
+  }
+
   /** The bodies to post, one per arm; only what was filled in. */
   requests() {
     const shared = {
@@ -272,9 +305,7 @@ export class Form {
         const value = number(state[key]);
         if (value !== undefined) body[key] = value;
       }
-      if (state.reward && this.listing.rewards.some((r) => r.name === state.reward)) {
-        body.reward = state.reward;
-      }
+      if (state.reward?.trim()) body.reward = state.reward.trim();
       if (state.adapter && this.model()?.adapters.includes(state.adapter)) {
         body.adapter = state.adapter;
       }

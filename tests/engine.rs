@@ -477,3 +477,27 @@ fn folders_of_models() {
     };
     assert_names(&error.to_string(), &["a-dpm", "scheduler_config.json"]);
 }
+
+#[test]
+fn digests_say_where_two_runs_part() {
+    let (_dir, engine) = engine();
+    let recorded = |seed, n| {
+        let request = GenerateRequest {
+            seed: Some(seed),
+            n: Some(n),
+            digests: Some(true),
+            method: method("best-of-n", json!({"candidates": 2})),
+            ..request()
+        };
+        let entries = run(&engine, &request).trace.into_iter().filter(|e| e["digests"].is_array());
+        entries.map(|e| e["digests"].as_array().unwrap().clone()).collect::<Vec<_>>()
+    };
+    let two = recorded(7, 2);
+    // A guided prediction of each candidate at each step, image by image.
+    assert_eq!(two.iter().map(Vec::len).collect::<Vec<_>>(), [6, 6]);
+    assert_eq!(recorded(7, 1)[0], two[0]);
+    assert_eq!(recorded(8, 1)[0], two[1]);
+    assert!(two[0].iter().zip(&two[1]).all(|(a, b)| a != b));
+    let plain = run(&engine, &request());
+    assert!(plain.trace.iter().all(|entry| entry.get("digests").is_none()));
+}

@@ -1,11 +1,19 @@
 //! The HTTP contract, through real connections to a server in this process.
 
+#[path = "serve/compare.rs"]
+mod compare;
 #[path = "serve/fake.rs"]
 mod fake;
 #[path = "serve/harness.rs"]
 mod harness;
+#[path = "serve/jobs.rs"]
+mod jobs;
+#[path = "serve/keys.rs"]
+mod keys;
 #[path = "serve/lifecycle.rs"]
 mod lifecycle;
+#[path = "serve/openai.rs"]
+mod openai;
 #[path = "serve/program.rs"]
 mod program;
 
@@ -19,7 +27,7 @@ use serde_json::{Value, json};
 use fake::Fake;
 use harness::{Server, server, server_with, settings};
 
-fn keys(value: &Value) -> Vec<&str> {
+fn names(value: &Value) -> Vec<&str> {
     value.as_object().unwrap().keys().map(String::as_str).collect()
 }
 
@@ -35,24 +43,24 @@ fn a_generation_answers_everything_that_is_promised() {
     assert_eq!(answer.header("cache-control"), "no-store");
     assert!(answer.header("server-timing").starts_with("queue;dur="));
     let body = answer.json();
-    assert_eq!(keys(&body), ["id", "images", "cost", "resolved", "model", "trace"]);
+    assert_eq!(names(&body), ["id", "images", "cost", "resolved", "model", "trace"]);
     assert_eq!(answer.header("x-request-id"), body["id"]);
     let images = body["images"].as_array().unwrap();
     assert_eq!(images.len(), 2);
     for (image, seed) in images.iter().zip([11, 12]) {
-        assert_eq!(keys(image), ["data", "format", "seed", "scores"]);
+        assert_eq!(names(image), ["data", "url", "format", "seed", "scores"]);
         assert_eq!(image["format"], "png");
         assert_eq!(image["seed"], seed);
-        assert_eq!(keys(&image["scores"]), ["aesthetic", "clip", "judge"]);
+        assert_eq!(names(&image["scores"]), ["aesthetic", "clip", "judge"]);
         let bytes = STANDARD.decode(image["data"].as_str().unwrap()).unwrap();
         let picture = image::load_from_memory(&bytes).unwrap();
         assert_eq!((picture.width(), picture.height()), (48, 32));
     }
     assert_eq!(body["cost"]["planned"], json!({"f": 60, "v": 6, "y": 6}));
     let actual = &body["cost"]["actual"];
-    assert_eq!(keys(actual), ["f", "v", "y", "seconds"]);
+    assert_eq!(names(actual), ["f", "v", "y", "seconds"]);
     assert_eq!((&actual["f"], &actual["v"], &actual["y"]), (&json!(60), &json!(6), &json!(6)));
-    assert_eq!(keys(&actual["seconds"]), ["encode", "text", "unet", "vae_decode"]);
+    assert_eq!(names(&actual["seconds"]), ["encode", "text", "unet", "vae_decode"]);
     assert_eq!(body["resolved"]["method"], json!({"name": "best-of-n", "candidates": 3}));
     assert_eq!(body["resolved"]["solver"], "ddim");
     assert_eq!(body["model"], json!({"id": "tiny", "sha256": "5eed".repeat(16)}));
@@ -319,6 +327,41 @@ fn work_is_admitted_by_its_forwards() {
     server.fake.gate.open();
     assert_eq!(running.join().unwrap().status, 200);
     assert_eq!(waiting.join().unwrap().status, 200);
+}
+
+/// `UPDATE=1 cargo test --release --test serve the_openapi` writes the copy anew.
+#[test]
+fn the_openapi_document_is_that_of_the_program() {
+    let server = server();
+    let answer = server.get("/openapi.json");
+    assert_eq!(answer.header("content-type"), "application/json");
+    let document = answer.json();
+    let text = serde_json::to_string_pretty(&document).unwrap() + "\n";
+    let path = "docs/openapi.json";
+    if std::env::var_os("UPDATE").is_some() {
+        std::fs::write(path, &text).unwrap();
+    }
+    assert!(std::fs::read_to_string(path).unwrap() == text, "{path} is not up to date");
+    let manual = std::fs::read_to_string("docs/http.md").unwrap();
+    let paths = document["paths"].as_object().unwrap();
+    for (path, operations) in paths {
+        // Exactly the methods that the server takes.
+        let mut described: Vec<String> =
+            operations.as_object().unwrap().keys().map(|m| m.to_uppercase()).collect();
+        if described.iter().any(|m| m == "GET") {
+            described.push("HEAD".to_owned());
+        }
+        described.sort();
+        let concrete = path.replace("{id}", "a").replace("{name}", "a");
+        let refused = server.send("PATCH", &concrete, &[], &Value::Null);
+        assert_eq!(refused.problem(405).0, "method-not-allowed", "{path}");
+        let mut taken: Vec<_> = refused.header("allow").split(", ").map(str::to_owned).collect();
+        taken.sort();
+        assert_eq!(described, taken, "{path}");
+        let named = path.replace("{name}", "{sha256}.{format}");
+        assert!(manual.contains(&named), "docs/http.md does not name {named}");
+    }
+    assert!(paths.len() >= 17);
 }
 
 #[test]

@@ -23,12 +23,14 @@ const limit = Number(options.timeout) * 1000;
 const out = resolve(options.out);
 mkdirSync(out, { recursive: true });
 
+const profile = mkdtempSync(join(tmpdir(), "page-check-"));
+
 /** Starts ds-serve on a free port; its first line says which. */
 async function startServer() {
   const root = process.env.REPOSITORY;
   const program = process.env.DS_SERVE ?? join(root, "target", "release", "ds-serve");
   const models = process.env.DS_MODELS ?? join(root, "models");
-  const child = spawn(program, ["--listen", "127.0.0.1:0", "--models", models], {
+  const child = spawn(program, ["--listen", "127.0.0.1:0", "--models", models, "--data", join(profile, "data")], {
     stdio: ["ignore", "pipe", "inherit"],
   });
   const ended = new Promise((_, reject) => {
@@ -116,6 +118,36 @@ async function check(browser, url, width, scheme) {
   assert.equal(await page.textContent("#status"), "Cancelled.");
   assert.ok(await page.isEnabled("#go"), "one can generate again");
 
+  // The history has what was made, finds it by its words, and uses it again.
+  await page.click("#to-history");
+  const past = page.locator("#history-list > li");
+  await past.first().waitFor();
+  assert.ok((await past.count()) >= arms, "the history has each method");
+  await past.locator("img").first().evaluate((e) => e.decode());
+  await page.fill("#history-q", "no such words");
+  await page.keyboard.press("Enter");
+  await page.getByText("Nothing here yet.").waitFor();
+  await page.fill("#history-q", "");
+  await page.selectOption("#history-state", "completed");
+  await past.first().waitFor();
+  const wide = await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
+  assert.ok(wide <= 0, `the history is ${wide} px too wide`);
+  await page.screenshot({ path: join(out, `${name}-history.png`), fullPage: true });
+  const before = await past.count();
+  await past.first().getByText("Forget").click();
+  await page.waitForFunction((n) => document.querySelectorAll("#history-list > li").length < n, before);
+  await past.first().getByText("Use again").click();
+  await page.locator("#compare-view:visible").waitFor();
+  assert.equal(await page.locator("#arms > li").count(), 1, "one arm is used again");
+
+  // The API's page shows every route.
+  await page.goto(`${url}/docs`);
+  await page.locator("#routes details").nth(15).waitFor();
+  await page.locator("#routes details").first().click();
+  await page.screenshot({ path: join(out, `${name}-api.png`) });
+  await page.goto(url);
+  await page.locator("#go:enabled").waitFor();
+
   // The form is remembered.
   const prompt = await page.inputValue("#prompt");
   await page.reload();
@@ -134,7 +166,6 @@ async function check(browser, url, width, scheme) {
 
 let server = null;
 let browser = null;
-const profile = mkdtempSync(join(tmpdir(), "page-check-"));
 try {
   if (!options.url) server = await startServer();
   const url = (options.url ?? server.url).replace(/\/$/, "");

@@ -26,6 +26,7 @@ pub mod progress;
 pub mod remote;
 mod replay;
 pub mod report;
+pub mod reproduce;
 pub mod scene_report;
 pub mod sharpen_step;
 pub mod sharpen_workload;

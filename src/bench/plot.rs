@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 
 use plotters::coord::Shift;
 use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
+use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 use plotters::style::register_font;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -188,7 +189,12 @@ impl Layout {
             for &(i, x) in entries {
                 let x = self.px(x + 64);
                 let ends = vec![(x, y), (x + self.px(28), y)];
-                area.draw(&PathElement::new(ends, self.line(i)))?;
+                match self.dash(i) {
+                    None => area.draw(&PathElement::new(ends, self.line(i)))?,
+                    Some((dash, gap)) => {
+                        area.draw(&DashedPathElement::new(ends, dash, gap, self.line(i)))?;
+                    }
+                }
                 self.marker(area, i, (x + self.px(14), y))?;
                 let at = (x + self.px(36), y);
                 area.draw(&Text::new(panel.curves[i].label.clone(), at, left.clone()))?;
@@ -229,11 +235,12 @@ impl Layout {
             .y_label_formatter(&|y| format!("{y:.digits$}"))
             .set_all_tick_mark_size(self.px(4))
             .draw()?;
-        // Bands below bars below lines below markers.
+        // Bands below bars below lines below markers; many bands would hide each other.
         let at = |p: &Point, y: f64| (place(p), y);
+        let crowded = panel.curves.len() > COLOURS.len();
         for (i, curve) in panel.curves.iter().enumerate() {
             let with = curve.intervals();
-            if with.len() > 1 {
+            if with.len() > 1 && !crowded {
                 let lows = with.iter().map(|(p, i)| at(p, i.0));
                 let highs = with.iter().rev().map(|(p, i)| at(p, i.1));
                 let band: Vec<(f64, f64)> = lows.chain(highs).collect();
@@ -241,7 +248,8 @@ impl Layout {
             }
         }
         for (i, curve) in panel.curves.iter().enumerate() {
-            let (bar, wide) = (colour(i).mix(0.7).stroke_width(self.scale), self.px(7) as u32);
+            let strength = if crowded { 0.3 } else { 0.7 };
+            let (bar, wide) = (colour(i).mix(strength).stroke_width(self.scale), self.px(7) as u32);
             chart.draw_series(curve.intervals().iter().map(|(p, (low, high))| {
                 ErrorBar::new_vertical(place(p), *low, p.mean, *high, bar, wide)
             }))?;
@@ -249,7 +257,12 @@ impl Layout {
         let (left, top) = area.get_base_pixel();
         for (i, curve) in panel.curves.iter().enumerate() {
             let line = curve.points.iter().map(|p| at(p, p.mean));
-            chart.draw_series(LineSeries::new(line, self.line(i)))?;
+            match self.dash(i) {
+                None => chart.draw_series(LineSeries::new(line, self.line(i))).map(|_| ())?,
+                Some((dash, gap)) => chart
+                    .draw_series(DashedLineSeries::new(line, dash, gap, self.line(i)))
+                    .map(|_| ())?,
+            }
             for point in &curve.points {
                 let (x, y) = chart.backend_coord(&at(point, point.mean));
                 self.marker(area, i, (x - left, y - top))?;
@@ -260,6 +273,15 @@ impl Layout {
 
     fn line(&self, i: usize) -> ShapeStyle {
         colour(i).stroke_width(2 * self.scale)
+    }
+
+    /// Dash and gap of curve `i`; none where its colour is the first of its kind.
+    fn dash(&self, i: usize) -> Option<(i32, i32)> {
+        match i / COLOURS.len() {
+            0 => None,
+            1 => Some((self.px(7), self.px(4))),
+            _ => Some((self.px(2), self.px(3))),
+        }
     }
 
     /// The marker of curve `i`, drawn in pixels.

@@ -212,6 +212,7 @@ impl Backend for RemoteBackend {
             reward: request.reward.clone(),
             budget,
             output_format: request.output_format.unwrap_or_default(),
+            digests: request.digests.unwrap_or_default(),
         };
         // Exact comparison: 1 is the value that turns guidance off.
         #[allow(clippy::float_cmp)]
@@ -323,6 +324,7 @@ fn body(resolved: &Resolved) -> Result<Value> {
         budget: (resolved.budget != Budget::default())
             .then_some(BudgetRequest::Full(resolved.budget)),
         output_format: Some(resolved.output_format),
+        digests: resolved.digests.then_some(true),
     };
     let mut body =
         serde_json::to_value(request).map_err(|e| Error::invalid("request", e.to_string()))?;

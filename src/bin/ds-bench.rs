@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use diffusion_sharpening::bench::{
-    ablation, nfe_sweep, parity_cmd, plan_cmd, scene_report, sharpen_step, speed, sweep_merge,
+    ablation, nfe_sweep, parity_cmd, plan_cmd, reproduce, scene_report, sharpen_step, speed,
+    sweep_merge,
 };
 use diffusion_sharpening::nn::{memory, threads};
 use diffusion_sharpening::util::{CancelToken, INTERRUPTED};
@@ -30,6 +31,7 @@ enum Command {
     SweepMerge(sweep_merge::Args),
     Parity(parity_cmd::Args),
     Plan(Box<plan_cmd::Args>),
+    Replay(Box<reproduce::Args>),
     Speed(speed::Args),
     SceneReport(scene_report::Args),
     SharpenStep(sharpen_step::Args),
@@ -57,6 +59,11 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Ablation(args) => return ablate(&args),
         Command::NfeSweep(args) => return sweep(&args),
         Command::Speed(args) => return speed::run(&args),
+        Command::Replay(args) => {
+            let cancel = CancelToken::on_signal("stopping")?;
+            let same = reproduce::run(&args, &cancel)?;
+            return Ok(if same { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
         Command::SweepMerge(args) => sweep_merge::run(&args)?,
         Command::Parity(args) => parity_cmd::run(&args)?,
         Command::Plan(args) => plan_cmd::run(&args)?,

@@ -9,7 +9,7 @@ use clap::Parser;
 use diffusion_sharpening::engine::{Backend, Engine};
 use diffusion_sharpening::nn::device::Placement;
 use diffusion_sharpening::nn::threads;
-use diffusion_sharpening::serve::{self, Overrides, Settings, config::LogFormat};
+use diffusion_sharpening::serve::{self, Overrides, Settings, auth, config::LogFormat};
 use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
@@ -30,12 +30,20 @@ struct Cli {
     /// Print the settings in effect as TOML and exit.
     #[arg(long)]
     print_config: bool,
+    /// Print a new API key and the hash of it that goes into the file of --keys, and exit.
+    #[arg(long)]
+    make_key: bool,
     #[command(flatten)]
     settings: Overrides,
 }
 
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
+    if cli.make_key {
+        let (key, hash) = auth::make_key()?;
+        writeln!(std::io::stdout(), "key:    {key}\nsha256: {hash}")?;
+        return Ok(());
+    }
     let settings = Settings::resolve(cli.config.as_deref(), cli.settings)?;
     let mut out = std::io::stdout();
     if cli.print_config {

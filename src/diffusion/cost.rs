@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Counted units of work. `f` is the paper's NFE: U-Net forwards of one sample
 /// (a guided evaluation counts 2).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Units {
     /// U-Net forwards of one sample.
     pub f: u64,
@@ -38,7 +39,7 @@ impl std::ops::AddAssign for Units {
 
 /// Units plus wall-clock seconds per stage ("text", "unet", "vae_decode",
 /// "reward", "encode").
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Cost {
     #[serde(flatten)]
     pub units: Units,
@@ -46,7 +47,7 @@ pub struct Cost {
 }
 
 /// Upper bounds; `None` is unlimited.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Budget {
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -13,6 +13,7 @@ pub mod heun;
 pub mod meter;
 pub mod noise;
 pub mod packed;
+pub mod recording;
 pub mod schedule;
 pub mod sdxl_model;
 pub mod solver;

@@ -18,6 +18,7 @@ use crate::diffusion::denoiser::{Conditioning, Denoiser, NoiseModel, TextCond};
 use crate::diffusion::guidance::Guided;
 use crate::diffusion::meter::{Meter, MeteredDecoder, MeteredDenoiser};
 use crate::diffusion::noise::NoiseKey;
+use crate::diffusion::recording::{Digests, Recorded};
 use crate::diffusion::sdxl_model::SdxlModel;
 use crate::diffusion::solver::SolverSpec;
 use crate::diffusion::sparing::{RowLimit, SparingDecoder, SparingDenoiser};
@@ -201,14 +202,17 @@ impl<'a> Run<'a> {
         let meter = Meter::new(resolved.budget);
         let latent_shape = self.network.0.latent_shape(resolved.width, resolved.height)?;
         let micro_batch = self.micro_batch(latent_shape.1 * latent_shape.2)?;
-        let denoiser = SparingDenoiser::new(&self.network, &self.unet_limit);
+        let sparing = SparingDenoiser::new(&self.network, &self.unet_limit);
+        let digests = Digests::default();
+        let recorded = Recorded::new(&sparing, &digests);
+        let denoiser: &dyn Denoiser = if resolved.digests { &recorded } else { &sparing };
         let decoder = SparingDecoder::new(&self.network.0, &self.vae_limit);
         let (planned, before) = (self.resolution.planned.cost, self.cost.units);
         let mut on_event = |event: SearchEvent| {
             progress(Progress { spent: before + event.spent, planned, event: event.event });
         };
         let mut env = SearchEnv {
-            denoiser: MeteredDenoiser::new(&denoiser, &meter),
+            denoiser: MeteredDenoiser::new(denoiser, &meter),
             decoder: MeteredDecoder::new(&decoder, &meter),
             verifier: MeteredVerifier::new(
                 &self.model.rewards,
@@ -228,6 +232,9 @@ impl<'a> Run<'a> {
         };
         let outcome =
             self.resolution.method.run(&self.resolution.plan, &mut env, &NoiseKey { seed })?;
+        if resolved.digests {
+            self.trace.push(json!({"image": index, "digests": digests.take()}));
+        }
         let spent = meter.cost();
         self.cost.units += spent.units;
         for (stage, seconds) in spent.seconds {

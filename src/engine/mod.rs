@@ -1,6 +1,8 @@
 //! The engine: loads models, resolves and plans requests, runs them metered.
 //! `serve` and `bench` reach everything below through this floor.
 
+pub mod bundle;
+pub mod encode;
 pub mod latency;
 pub mod local;
 mod memory;
@@ -15,6 +17,7 @@ use crate::diffusion::cost::Units;
 pub use crate::util::CancelToken;
 pub use local::Engine;
 use request::{GenerateRequest, Generation, Listing, ModelInfo, Resolved};
+pub use resolve::request_of;
 
 /// A validated request with its predicted cost.
 #[derive(Clone, Debug)]

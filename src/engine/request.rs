@@ -5,15 +5,17 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use utoipa::ToSchema;
 
 use crate::diffusion::cost::{Budget, Cost, Units};
 pub use crate::util::Listing;
 
 /// A generation request as a caller writes it: everything but the prompt is
 /// optional and resolved against the model's defaults.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GenerateRequest {
+    #[schema(min_length = 1, pattern = r"\S")]
     pub prompt: String,
     /// Absent: the checkpoint's null conditioning (zeros or the empty string).
     #[serde(default)]
@@ -29,20 +31,26 @@ pub struct GenerateRequest {
     #[serde(default)]
     pub seed: Option<u64>,
     #[serde(default)]
+    #[schema(minimum = 1)]
     pub width: Option<u32>,
     #[serde(default)]
+    #[schema(minimum = 1)]
     pub height: Option<u32>,
     #[serde(default)]
+    #[schema(minimum = 1)]
     pub steps: Option<u32>,
     #[serde(default)]
+    #[schema(minimum = 0, maximum = 100)]
     pub guidance_scale: Option<f64>,
     #[serde(default)]
+    #[schema(minimum = 0, maximum = 1)]
     pub guidance_rescale: Option<f64>,
     /// "ddim", "euler", "heun", "dpmpp-2m".
     #[serde(default)]
     pub solver: Option<String>,
     /// Images to return (seeds seed, seed+1, …).
     #[serde(default)]
+    #[schema(minimum = 1)]
     pub n: Option<u32>,
     /// The reward that a search maximises.
     #[serde(default)]
@@ -53,27 +61,31 @@ pub struct GenerateRequest {
     /// "png" (default), "jpeg", "webp".
     #[serde(default)]
     pub output_format: Option<ImageFormat>,
+    /// Whether the trace has digests of the network's predictions, to find where two runs part.
+    #[serde(default)]
+    pub digests: Option<bool>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged)]
 pub enum MethodRequest {
     Name(String),
     Full {
         name: String,
         #[serde(flatten)]
+        #[schema(value_type = HashMap<String, Value>)]
         params: serde_json::Map<String, Value>,
     },
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged)]
 pub enum BudgetRequest {
     Forwards(u64),
     Full(Budget),
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ImageFormat {
     #[default]
@@ -82,14 +94,27 @@ pub enum ImageFormat {
     Webp,
 }
 
+impl ImageFormat {
+    /// As in a request, and as a file's extension.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Png => "png",
+            Self::Jpeg => "jpeg",
+            Self::Webp => "webp",
+        }
+    }
+}
+
 /// Every effective value of a request, after defaults.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Resolved {
     pub prompt: String,
     pub negative_prompt: Option<String>,
     pub model: String,
     pub adapter: Option<String>,
     /// Method name and every parameter, the planned ones (candidates, steps) included.
+    #[schema(value_type = Object)]
     pub method: serde_json::Map<String, Value>,
     pub seed: u64,
     pub width: u32,
@@ -103,6 +128,16 @@ pub struct Resolved {
     /// Per image.
     pub budget: Budget,
     pub output_format: ImageFormat,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub digests: bool,
+}
+
+impl Resolved {
+    /// The name of the method.
+    #[must_use]
+    pub fn method_name(&self) -> &str {
+        self.method.get("name").and_then(Value::as_str).unwrap_or("other")
+    }
 }
 
 /// One finished image.
@@ -114,13 +149,13 @@ pub struct GeneratedImage {
     pub scores: BTreeMap<String, Option<f64>>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CostReport {
     pub planned: Units,
     pub actual: Cost,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ModelRef {
     pub id: String,
     /// Over the weights files, in name order.
@@ -138,7 +173,7 @@ pub struct Generation {
 }
 
 /// A model as listed to callers.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ModelInfo {
     pub id: String,
     pub sha256: String,

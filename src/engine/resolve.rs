@@ -104,6 +104,7 @@ pub fn resolve(
         reward: reward.map(|ensemble| ensemble.name()),
         budget,
         output_format: request.output_format.unwrap_or_default(),
+        digests: request.digests.unwrap_or_default(),
     };
     let cost = (0..n).fold(Units::default(), |sum, _| sum + plan.predicted);
     Ok(Resolution { planned: Planned { resolved, cost }, method, plan, solver })
@@ -131,6 +132,7 @@ pub fn request_of(resolved: &Resolved) -> GenerateRequest {
         reward: resolved.reward.clone(),
         budget: Some(BudgetRequest::Full(resolved.budget)),
         output_format: Some(resolved.output_format),
+        digests: resolved.digests.then_some(true),
     }
 }
 

@@ -1,18 +1,17 @@
 //! From a finished generation to the bytes of its answer.
 
 use std::collections::BTreeMap;
-use std::io::Cursor;
 use std::time::Instant;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use image::codecs::jpeg::JpegEncoder;
-use image::codecs::png::{CompressionType, FilterType, PngEncoder};
-use image::codecs::webp::WebPEncoder;
-use image::{ExtendedColorType, ImageEncoder, RgbImage};
 use serde::Serialize;
 use serde_json::Value;
+use utoipa::ToSchema;
 
+use super::store::{Image, Name, Store};
+use crate::Error;
+use crate::engine::encode::{encode, parameters};
 use crate::engine::request::{CostReport, Generation, ImageFormat, ModelRef, Resolved};
 
 /// A finished generation could not be written; the request is not at fault.
@@ -24,81 +23,118 @@ pub enum AnswerError {
     Json(#[from] serde_json::Error),
 }
 
-const JPEG_QUALITY: u8 = 92;
-
-#[derive(Serialize)]
+/// A finished image.
+#[derive(Serialize, ToSchema)]
 struct AnswerImage {
-    data: String,
+    /// Base64; where images are wanted with the answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<String>,
+    /// Where the history serves it; null where it could not be stored.
+    url: Option<String>,
     format: ImageFormat,
     seed: u64,
     scores: BTreeMap<String, Option<f64>>,
 }
 
-#[derive(Serialize)]
-struct Answer {
+/// The answer of a finished generation, and its image files.
+#[derive(Serialize, ToSchema)]
+pub struct Answer {
     id: String,
     images: Vec<AnswerImage>,
     cost: CostReport,
     resolved: Resolved,
     model: ModelRef,
+    /// What the method decided.
+    #[schema(value_type = Vec<Object>)]
     trace: Vec<Value>,
+    #[serde(skip)]
+    files: Vec<Image>,
 }
 
-/// Encodes the images and writes the JSON answer. Numbers that are not finite
-/// become null. Time spent here is added to the stage "encode".
-pub fn write(id: &str, generation: Generation) -> Result<Vec<u8>, AnswerError> {
-    let start = Instant::now();
-    let Generation { images, mut cost, resolved, model, trace } = generation;
-    let format = resolved.output_format;
-    let images = images
-        .into_iter()
-        .map(|image| {
+impl Answer {
+    /// Encodes the images. Numbers that are not finite become null. Time spent here is added to
+    /// the stage "encode".
+    pub fn new(id: &str, generation: Generation) -> Result<Self, AnswerError> {
+        let start = Instant::now();
+        let Generation { images, mut cost, resolved, model, trace } = generation;
+        let format = resolved.output_format;
+        let (mut described, mut files) = (Vec::new(), Vec::new());
+        for image in images {
             let mut scores = image.scores;
             for score in scores.values_mut() {
                 *score = score.filter(|s| s.is_finite());
             }
-            let data = STANDARD.encode(encode(&image.pixels, format)?);
-            Ok(AnswerImage { data, format, seed: image.seed, scores })
-        })
-        .collect::<Result<Vec<_>, AnswerError>>()?;
-    *cost.actual.seconds.entry("encode".to_owned()).or_default() += start.elapsed().as_secs_f64();
-    let answer = Answer { id: id.to_owned(), images, cost, resolved, model, trace };
-    Ok(serde_json::to_vec(&answer)?)
-}
-
-/// An image file: PNG with adaptive filters, JPEG at quality 92, lossless WebP.
-pub fn encode(pixels: &RgbImage, format: ImageFormat) -> Result<Vec<u8>, image::ImageError> {
-    let (width, height) = pixels.dimensions();
-    let mut bytes = Cursor::new(Vec::new());
-    let color = ExtendedColorType::Rgb8;
-    match format {
-        ImageFormat::Png => {
-            PngEncoder::new_with_quality(&mut bytes, CompressionType::Default, FilterType::Adaptive)
-                .write_image(pixels, width, height, color)
+            let bytes = encode(&image.pixels, format, &parameters(&resolved, image.seed, &model))?;
+            let name = Name::of(&bytes, format);
+            let url = Some(address(&name));
+            described.push(AnswerImage { data: None, url, format, seed: image.seed, scores });
+            files.push(Image { name, bytes });
         }
-        ImageFormat::Jpeg => JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY)
-            .write_image(pixels, width, height, color),
-        ImageFormat::Webp => {
-            WebPEncoder::new_lossless(&mut bytes).write_image(pixels, width, height, color)
-        }
-    }?;
-    Ok(bytes.into_inner())
-}
+        *cost.actual.seconds.entry("encode".to_owned()).or_default() +=
+            start.elapsed().as_secs_f64();
+        Ok(Self { id: id.to_owned(), images: described, cost, resolved, model, trace, files })
+    }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+    pub fn files(&self) -> &[Image] {
+        &self.files
+    }
 
-    #[test]
-    fn every_format_reads_back() {
-        let picture = RgbImage::from_fn(48, 32, |x, y| image::Rgb([5 * x as u8, 7 * y as u8, 90]));
-        for (format, exact) in
-            [(ImageFormat::Png, true), (ImageFormat::Webp, true), (ImageFormat::Jpeg, false)]
-        {
-            let bytes = encode(&picture, format).unwrap();
-            let back = image::load_from_memory(&bytes).unwrap().to_rgb8();
-            assert_eq!(back.dimensions(), (48, 32));
-            assert_eq!(back == picture, exact, "{format:?}");
+    /// The files were not stored: their addresses lead nowhere.
+    pub fn forget_addresses(&mut self) {
+        for image in &mut self.images {
+            image.url = None;
         }
     }
+
+    /// The JSON with images as addresses.
+    pub fn linked(&self) -> Result<String, AnswerError> {
+        Ok(serde_json::to_string(self)?)
+    }
+
+    /// The JSON with the bytes of the images.
+    pub fn inline(mut self) -> Result<Vec<u8>, AnswerError> {
+        for (image, file) in self.images.iter_mut().zip(&self.files) {
+            image.data = Some(STANDARD.encode(&file.bytes));
+        }
+        Ok(serde_json::to_vec(&self)?)
+    }
+}
+
+/// Where an image is served.
+fn address(name: &Name) -> String {
+    format!("/images/{}", name.as_str())
+}
+
+fn broken() -> Error {
+    Error::invalid("history", "an answer that this program did not write")
+}
+
+/// The bytes of the images that a stored answer names.
+///
+/// # Errors
+/// An image cannot be read, or the answer was not written by [`Answer::linked`].
+pub fn files(answer: &Value, store: &Store) -> crate::Result<Vec<Vec<u8>>> {
+    let images = answer["images"].as_array().ok_or_else(broken)?;
+    let read = |image: &Value| {
+        let url = image["url"].as_str().unwrap_or("");
+        let name = url.strip_prefix("/images/").and_then(Name::parse).ok_or_else(broken)?;
+        store.image(&name)?.ok_or_else(|| Error::file(url, "is not there any more"))
+    };
+    images.iter().map(read).collect()
+}
+
+/// Puts the bytes of stored images into the JSON of an answer.
+///
+/// # Errors
+/// As [`files`].
+pub fn with_bytes(linked: &str, store: &Store) -> crate::Result<Vec<u8>> {
+    let mut answer: Value = serde_json::from_str(linked).map_err(|_| broken())?;
+    let files = files(&answer, store)?;
+    let images = answer["images"].as_array_mut().ok_or_else(broken)?;
+    for (image, bytes) in images.iter_mut().zip(files) {
+        let rest = image.as_object_mut().map(std::mem::take).ok_or_else(broken)?;
+        let data = ("data".to_owned(), STANDARD.encode(bytes).into());
+        *image = Value::Object([data].into_iter().chain(rest).collect());
+    }
+    serde_json::to_vec(&answer).map_err(|_| broken())
 }

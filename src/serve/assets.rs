@@ -27,10 +27,14 @@ macro_rules! asset {
     };
 }
 
-pub const ASSETS: [Asset; 6] = [
+pub const ASSETS: [Asset; 10] = [
     asset!("/", "index.html", "text/html; charset=utf-8"),
+    asset!("/api.js", "api.js", "text/javascript; charset=utf-8"),
     asset!("/app.js", "app.js", "text/javascript; charset=utf-8"),
     asset!("/arms.js", "arms.js", "text/javascript; charset=utf-8"),
+    asset!("/docs", "docs.html", "text/html; charset=utf-8"),
+    asset!("/docs.js", "docs.js", "text/javascript; charset=utf-8"),
+    asset!("/history.js", "history.js", "text/javascript; charset=utf-8"),
     asset!("/results.js", "results.js", "text/javascript; charset=utf-8"),
     asset!("/style.css", "style.css", "text/css; charset=utf-8"),
     asset!("/favicon.svg", "favicon.svg", "image/svg+xml"),

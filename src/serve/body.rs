@@ -114,6 +114,38 @@ pub fn decode(bytes: &[u8]) -> Result<GenerateRequest, Problem> {
         }
     }
     // From the bytes, not from the value: this sees fields that are given twice.
+    decode_bytes(bytes)
+}
+
+/// Fields of a request that are text; others are JSON, where it can be read as such.
+const TEXTS: [&str; 7] =
+    ["prompt", "negative_prompt", "model", "adapter", "solver", "reward", "output_format"];
+
+/// Decodes a generation request from a query: its fields by name, with objects as JSON.
+pub fn decode_query(query: &str) -> Result<GenerateRequest, Problem> {
+    let pairs: Vec<(String, String)> = decode_pairs(query)?;
+    let mut object = serde_json::Map::new();
+    for (name, text) in pairs {
+        let value = match TEXTS.contains(&name.as_str()) {
+            true => Value::String(text),
+            false => serde_json::from_str(&text).unwrap_or(Value::String(text)),
+        };
+        if object.insert(name.clone(), value).is_some() {
+            return Err(Problem::field(Kind::InvalidQuery, name, "the field is given twice"));
+        }
+    }
+    decode(Value::Object(object).to_string().as_bytes())
+}
+
+/// Decodes a query's pairs.
+pub fn decode_pairs<T: DeserializeOwned>(query: &str) -> Result<T, Problem> {
+    web::Query::<T>::from_query(query)
+        .map(web::Query::into_inner)
+        .map_err(|e| Problem::new(Kind::InvalidQuery, format!("the query: {e}")))
+}
+
+/// Decodes a body; problems name the field.
+pub fn decode_bytes<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     decode_at("", &mut serde_json::Deserializer::from_slice(bytes))
 }
 

@@ -71,6 +71,12 @@ settings! {
         "Address to listen on; port 0 picks a free one and prints it [default: 127.0.0.1:8080]";
     models: PathBuf = PathBuf::from("models"), "DS_MODELS", "DIR",
         "Folder with one checkpoint folder per model [default: models]";
+    data: PathBuf = PathBuf::from("data"), "DS_DATA", "DIR",
+        "Folder for history: accepted work, results and images; made where it is not [default: data]";
+    keep: u64 = 10_000, "DS_KEEP", "N",
+        "Finished generations that are kept; the oldest beyond are removed with their images [default: 10000]";
+    keys: PathBuf = PathBuf::new(), "DS_KEYS", "FILE",
+        "TOML file with the hashes of API keys that requests need; none: everybody may do everything [default: ]";
     device: DeviceChoice = DeviceChoice::Auto, "DS_DEVICE", "DEVICE",
         "Where models run: auto, cpu or cuda:N [default: auto]";
     dtype: NumberChoice = NumberChoice::Auto, "DS_DTYPE", "TYPE",
@@ -137,6 +143,7 @@ impl Settings {
 
     fn check(&self) -> Result<()> {
         let at_least_one = [
+            ("keep", self.keep),
             ("workers", self.workers as u64),
             ("http_threads", self.http_threads as u64),
             ("queue_f", self.queue_f),

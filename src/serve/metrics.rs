@@ -10,7 +10,8 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 
-use super::queue::{Phase, Stats};
+use super::live::Phase;
+use super::queue::Stats;
 use crate::diffusion::cost::Units;
 use crate::{Error, Result};
 
@@ -142,7 +143,15 @@ impl Metrics {
         for unit in ["f", "v", "y", "l"] {
             metrics.units.with_label_values(&[unit]);
         }
-        for reason in ["queue-full", "budget", "insufficient-memory", "not-ready", "draining"] {
+        for reason in [
+            "queue-full",
+            "budget",
+            "insufficient-memory",
+            "not-ready",
+            "draining",
+            "unauthorized",
+            "forbidden",
+        ] {
             metrics.rejections.with_label_values(&[reason]);
         }
         for phase in ["queued", "running"] {

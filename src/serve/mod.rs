@@ -7,16 +7,24 @@
 
 mod answer;
 mod assets;
+pub mod auth;
 mod body;
+mod compare;
 pub mod config;
+mod events;
+mod fair;
 mod health;
+mod jobs;
 mod limits;
+mod live;
 pub mod metrics;
 pub mod problem;
 mod queue;
 mod routes;
 mod server;
 mod signals;
+mod speed;
+mod store;
 mod worker;
 
 pub use config::{Overrides, Settings};

@@ -5,7 +5,10 @@ use std::fmt;
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpResponse, ResponseError};
 use serde::Serialize;
+use serde_json::Value;
+use utoipa::ToSchema;
 
+use super::store::State;
 use crate::Error;
 
 /// The catalogue of problems. 400 is a body that is not the documented shape,
@@ -14,9 +17,14 @@ use crate::Error;
 pub enum Kind {
     MalformedJson,
     InvalidBody,
+    InvalidQuery,
+    Unauthorized,
+    Forbidden,
     NotFound,
     MethodNotAllowed,
     BodyTimeout,
+    Cancelled,
+    Conflict,
     BodyTooLarge,
     UnsupportedMediaType,
     InvalidValue,
@@ -32,12 +40,17 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, for documentation and tests.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 21] = [
         Self::MalformedJson,
         Self::InvalidBody,
+        Self::InvalidQuery,
+        Self::Unauthorized,
+        Self::Forbidden,
         Self::NotFound,
         Self::MethodNotAllowed,
         Self::BodyTimeout,
+        Self::Cancelled,
+        Self::Conflict,
         Self::BodyTooLarge,
         Self::UnsupportedMediaType,
         Self::InvalidValue,
@@ -55,11 +68,16 @@ impl Kind {
         match self {
             Self::MalformedJson => (400, "malformed-json", "The body is not JSON"),
             Self::InvalidBody => (400, "invalid-body", "The body has the wrong shape"),
+            Self::InvalidQuery => (400, "invalid-query", "The query has the wrong shape"),
+            Self::Unauthorized => (401, "unauthorized", "An API key is needed"),
+            Self::Forbidden => (403, "forbidden", "This is not allowed"),
             Self::NotFound => (404, "not-found", "No such resource"),
             Self::MethodNotAllowed => {
                 (405, "method-not-allowed", "The resource does not take this method")
             }
             Self::BodyTimeout => (408, "body-timeout", "The body took too long to arrive"),
+            Self::Cancelled => (409, "cancelled", "The generation was cancelled"),
+            Self::Conflict => (409, "conflict", "The resource is in another state"),
             Self::BodyTooLarge => (413, "body-too-large", "The body is too large"),
             Self::UnsupportedMediaType => {
                 (415, "unsupported-media-type", "The body must be application/json")
@@ -113,16 +131,20 @@ pub struct Problem {
 }
 
 /// The answer's body, in the words of RFC 9457.
-#[derive(Serialize)]
-struct Body<'a> {
+#[derive(Serialize, ToSchema)]
+#[schema(as = Problem)]
+pub struct Body {
+    /// A URN; its last part names the kind of problem.
     r#type: String,
-    title: &'static str,
+    title: String,
     status: u16,
-    detail: &'a str,
+    detail: String,
+    /// The field at fault.
     #[serde(skip_serializing_if = "Option::is_none")]
-    field: Option<&'a str>,
+    field: Option<String>,
+    /// Names the line in the server's log.
     #[serde(skip_serializing_if = "Option::is_none")]
-    instance: Option<&'a str>,
+    instance: Option<String>,
 }
 
 impl Problem {
@@ -146,6 +168,19 @@ impl Problem {
         problem
     }
 
+    /// The same problem with a field that is inside another one.
+    #[must_use]
+    pub fn within(mut self, place: &str) -> Self {
+        if let Some(field) = self.field.take() {
+            let whole = format!("{place}.{field}");
+            if let Some(rest) = self.detail.strip_prefix(&format!("{field}: ")) {
+                self.detail = format!("{whole}: {rest}");
+            }
+            self.field = Some(whole);
+        }
+        self
+    }
+
     /// An internal failure: the log gets the cause, the caller its identifier.
     pub fn internal(cause: impl fmt::Display) -> Self {
         let id = uuid::Uuid::now_v7();
@@ -157,6 +192,37 @@ impl Problem {
         );
         problem.instance = Some(format!("urn:uuid:{id}"));
         problem
+    }
+
+    /// The state of a generation that ends with it.
+    #[must_use]
+    pub fn state(&self) -> State {
+        if self.kind == Kind::Cancelled { State::Cancelled } else { State::Failed }
+    }
+
+    /// The answer's body.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        let body = Body {
+            r#type: format!("urn:problem-type:diffusion-sharpening:{}", self.kind.slug()),
+            title: self.kind.title().to_owned(),
+            status: self.kind.status(),
+            detail: self.detail.clone(),
+            field: self.field.clone(),
+            instance: self.instance.clone(),
+        };
+        // Strings and numbers only: this always serialises.
+        serde_json::to_value(&body).unwrap_or_default()
+    }
+
+    /// The problem that [`Problem::to_json`] wrote, without what was of the moment.
+    #[must_use]
+    pub fn from_json(body: &Value) -> Option<Self> {
+        let slug = body["type"].as_str()?.rsplit(':').next()?;
+        let kind = Kind::ALL.into_iter().find(|kind| kind.slug() == slug)?;
+        let text = |name: &str| body[name].as_str().map(str::to_owned);
+        let (field, instance) = (text("field"), text("instance"));
+        Some(Self { field, instance, ..Self::new(kind, text("detail")?) })
     }
 
     /// Tells the caller when to try again.
@@ -216,18 +282,12 @@ impl ResponseError for Problem {
         if let Some(seconds) = self.retry_after {
             response.insert_header((header::RETRY_AFTER, seconds.to_string()));
         }
+        if self.kind == Kind::Unauthorized {
+            response.insert_header((header::WWW_AUTHENTICATE, "Bearer"));
+        }
         if let Some(allow) = self.allow {
             response.insert_header((header::ALLOW, allow));
         }
-        let body = Body {
-            r#type: format!("urn:problem-type:diffusion-sharpening:{}", self.kind.slug()),
-            title: self.kind.title(),
-            status: self.kind.status(),
-            detail: &self.detail,
-            field: self.field.as_deref(),
-            instance: self.instance.as_deref(),
-        };
-        // Strings and numbers only: this always serialises.
-        response.body(serde_json::to_vec(&body).unwrap_or_default())
+        response.body(self.to_json().to_string())
     }
 }

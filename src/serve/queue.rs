@@ -1,44 +1,38 @@
 //! The bounded queue between HTTP threads and generation threads. It admits
 //! work by its planned U-Net forwards, because one search can cost a hundred
-//! times a plain image.
+//! times a plain image, and shares them fairly between clients.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
-
+use super::fair::Fair;
+use super::live::Live;
 use super::problem::{Kind, Problem};
-use super::worker::Done;
-use crate::Error;
-use crate::engine::{CancelToken, Planned};
-
-/// What a client that waits for a job is told.
-pub type Reply = Result<Done, Problem>;
 
 /// One admitted request.
 pub struct Job {
-    pub id: u64,
-    pub planned: Planned,
-    pub cancel: CancelToken,
+    pub live: Arc<Live>,
     pub enqueued: Instant,
-    /// U-Net forwards done so far.
-    pub spent_f: Arc<AtomicU64>,
-    pub reply: oneshot::Sender<Reply>,
+}
+
+impl Job {
+    fn planned_f(&self) -> u64 {
+        self.live.new.planned.cost.f
+    }
 }
 
 struct Active {
     planned_f: u64,
-    spent_f: Arc<AtomicU64>,
-    cancel: CancelToken,
+    live: Arc<Live>,
 }
 
 #[derive(Default)]
 struct State {
     waiting: VecDeque<Job>,
-    running: BTreeMap<u64, Active>,
-    next_id: u64,
+    running: BTreeMap<String, Active>,
+    fair: Fair,
     /// Nothing more is admitted.
     closed: bool,
     /// Workers end once nothing waits.
@@ -48,13 +42,22 @@ struct State {
 }
 
 impl State {
+    fn running_f(&self) -> u64 {
+        let left = |active: &Active| {
+            active.planned_f.saturating_sub(active.live.spent_f.load(Ordering::Relaxed))
+        };
+        self.running.values().map(left).fold(0, u64::saturating_add)
+    }
+
     fn backlog_f(&self) -> u64 {
-        let waiting = self.waiting.iter().map(|job| job.planned.cost.f);
-        let running = self
-            .running
-            .values()
-            .map(|active| active.planned_f.saturating_sub(active.spent_f.load(Ordering::Relaxed)));
-        waiting.chain(running).fold(0, u64::saturating_add)
+        self.waiting.iter().map(Job::planned_f).fold(self.running_f(), u64::saturating_add)
+    }
+
+    fn take_next(&mut self) -> Option<Job> {
+        let at = self.fair.next(self.waiting.iter().map(|job| job.live.new.client.as_str()))?;
+        let job = self.waiting.remove(at)?;
+        self.fair.begin(&job.live.new.client, job.planned_f());
+        Some(job)
     }
 }
 
@@ -70,11 +73,15 @@ pub struct Stats {
     pub retry_after: u64,
 }
 
-/// In which state a job was when its client left.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    Queued,
-    Running,
+/// What comes before a request.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, utoipa::ToSchema)]
+pub struct Ahead {
+    /// Requests that begin earlier and have not begun yet.
+    pub position: usize,
+    /// U-Net forwards until it begins, with one generation thread.
+    pub f: u64,
+    /// Seconds until it begins, once the machine's speed has been measured.
+    pub seconds: Option<f64>,
 }
 
 pub struct Queue {
@@ -96,16 +103,18 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Admits a planned request, or says when to come back.
-    pub fn push(self: &Arc<Self>, planned: Planned) -> Result<Ticket, Problem> {
+    /// Admits planned requests, all or none, or says when to come back.
+    pub fn push(&self, lives: Vec<Arc<Live>>) -> Result<(), Problem> {
         let mut state = self.lock();
         if state.closed {
             return Err(Problem::new(Kind::Draining, "no new work is accepted").retry_after(10));
         }
         let backlog = state.backlog_f();
+        let planned = lives.iter().map(|live| live.new.planned.cost.f).fold(0, u64::saturating_add);
         // Work on its way to an idle thread does not count as waiting.
-        let full = state.waiting.len() + state.running.len() >= self.max_waiting + self.workers;
-        let heavy = backlog > 0 && backlog.saturating_add(planned.cost.f) > self.max_f;
+        let places = self.max_waiting + self.workers;
+        let full = state.waiting.len() + state.running.len() + lives.len() > places;
+        let heavy = backlog > 0 && backlog.saturating_add(planned) > self.max_f;
         if full || heavy {
             let stats = self.stats_of(&state);
             let seconds = stats.retry_after;
@@ -113,41 +122,43 @@ impl Queue {
                 Kind::QueueFull,
                 format!(
                     "{} requests wait and {} run, {backlog} U-Net forwards in all; this request \
-                     plans {}; try again in about {seconds} s",
-                    stats.waiting, stats.running, planned.cost.f
+                     plans {planned}; try again in about {seconds} s",
+                    stats.waiting, stats.running
                 ),
             )
             .retry_after(seconds));
         }
-        let id = state.next_id;
-        state.next_id += 1;
-        let cancel = CancelToken::default();
-        let (reply, receiver) = oneshot::channel();
-        let spent_f = Arc::new(AtomicU64::new(0));
-        state.waiting.push_back(Job {
-            id,
-            planned,
-            cancel,
-            enqueued: Instant::now(),
-            spent_f,
-            reply,
-        });
+        for live in lives {
+            state.waiting.push_back(Job { live, enqueued: Instant::now() });
+        }
         drop(state);
         self.changed.notify_all();
-        Ok(Ticket { queue: Arc::clone(self), id, receiver, answered: false, on_leave: None })
+        Ok(())
+    }
+
+    /// Takes up again what was admitted before this process began, whatever waits.
+    pub fn restore(&self, live: Arc<Live>) {
+        let mut state = self.lock();
+        if state.closed {
+            return;
+        }
+        state.waiting.push_back(Job { live, enqueued: Instant::now() });
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// What runs.
+    pub fn running(&self) -> Vec<Arc<Live>> {
+        self.lock().running.values().map(|active| Arc::clone(&active.live)).collect()
     }
 
     /// Blocks for the next job; `None` when the server ends.
     pub fn next(&self) -> Option<Job> {
         let mut state = self.lock();
         loop {
-            if let Some(job) = state.waiting.pop_front() {
-                let active = Active {
-                    planned_f: job.planned.cost.f,
-                    spent_f: Arc::clone(&job.spent_f),
-                    cancel: job.cancel.clone(),
-                };
-                state.running.insert(job.id, active);
+            if let Some(job) = state.take_next() {
+                let active = Active { planned_f: job.planned_f(), live: Arc::clone(&job.live) };
+                state.running.insert(job.live.id.clone(), active);
                 return Some(job);
             }
             if state.finished {
@@ -158,9 +169,19 @@ impl Queue {
     }
 
     /// A worker is done with a job.
-    pub fn finish(&self, id: u64) {
-        self.lock().running.remove(&id);
+    pub fn finish(&self, id: &str) {
+        self.lock().running.remove(id);
         self.changed.notify_all();
+    }
+
+    /// Takes a job out that has not begun.
+    pub fn take(&self, id: &str) -> Option<Job> {
+        let mut state = self.lock();
+        let at = state.waiting.iter().position(|job| job.live.id == id)?;
+        let job = state.waiting.remove(at);
+        drop(state);
+        self.changed.notify_all();
+        job
     }
 
     /// Learns the machine's speed from a generation that spent `f` forwards.
@@ -174,18 +195,40 @@ impl Queue {
             Some(state.seconds_per_f.map_or(measured, |old| 0.7 * old + 0.3 * measured));
     }
 
-    /// The client of a job left: forgets it or tells its worker to stop.
-    fn abandon(&self, id: u64) -> Option<Phase> {
-        let mut state = self.lock();
-        if let Some(at) = state.waiting.iter().position(|job| job.id == id) {
-            state.waiting.remove(at);
-            drop(state);
-            self.changed.notify_all();
-            return Some(Phase::Queued);
-        }
-        let active = state.running.get(&id)?;
-        active.cancel.cancel();
-        Some(Phase::Running)
+    /// What comes before a waiting job; `None` when it does not wait.
+    pub fn ahead(&self, id: &str) -> Option<Ahead> {
+        let state = self.lock();
+        let waiting: Vec<(&str, u64)> = state
+            .waiting
+            .iter()
+            .map(|job| (job.live.new.client.as_str(), job.planned_f()))
+            .collect();
+        let order = state.fair.order(&waiting);
+        let position = order.iter().position(|&i| state.waiting[i].live.id == id)?;
+        let before = order[..position].iter().map(|&i| waiting[i].1);
+        Some(self.ahead_of(&state, position, before.fold(state.running_f(), u64::saturating_add)))
+    }
+
+    /// What would come before a request of `client` that plans `f` forwards.
+    pub fn ahead_of_new(&self, client: &str, f: u64) -> Ahead {
+        let state = self.lock();
+        let mut waiting: Vec<(&str, u64)> = state
+            .waiting
+            .iter()
+            .map(|job| (job.live.new.client.as_str(), job.planned_f()))
+            .collect();
+        waiting.push((client, f));
+        let order = state.fair.order(&waiting);
+        let position = order.iter().take_while(|&&i| i + 1 < waiting.len()).count();
+        let before = order[..position].iter().map(|&i| waiting[i].1);
+        self.ahead_of(&state, position, before.fold(state.running_f(), u64::saturating_add))
+    }
+
+    fn ahead_of(&self, state: &State, position: usize, f: u64) -> Ahead {
+        let idle = position == 0 && state.running.len() < self.workers;
+        let f = if idle { 0 } else { f };
+        let seconds = state.seconds_per_f.map(|each| f as f64 * each / self.workers as f64);
+        Ahead { position, f, seconds }
     }
 
     fn stats_of(&self, state: &State) -> Stats {
@@ -207,9 +250,17 @@ impl Queue {
         self.stats_of(&self.lock())
     }
 
-    /// Admits nothing more; what is in the queue still runs.
-    pub fn close(&self) {
-        self.lock().closed = true;
+    /// Admits nothing more. What clients wait for still runs; what outlives the process and has
+    /// not begun is taken out.
+    pub fn close(&self) -> Vec<Job> {
+        let mut state = self.lock();
+        state.closed = true;
+        let (later, now): (Vec<_>, Vec<_>) =
+            state.waiting.drain(..).partition(|job| job.live.durable);
+        state.waiting = now.into();
+        drop(state);
+        self.changed.notify_all();
+        later
     }
 
     /// Waits until nothing waits or runs; false when time is up first.
@@ -223,18 +274,16 @@ impl Queue {
         !timeout.timed_out()
     }
 
-    /// Answers everything that waits and cancels everything that runs.
-    pub fn cancel_all(&self) {
+    /// Takes everything out that waits, and gives what runs to `stop`.
+    pub fn abort(&self, stop: impl Fn(&Live)) -> Vec<Job> {
         let mut state = self.lock();
-        for job in state.waiting.drain(..) {
-            // A client that already left needs no answer.
-            let _ = job.reply.send(Err(Problem::from(Error::Cancelled).retry_after(10)));
-        }
+        let waiting = state.waiting.drain(..).collect();
         for active in state.running.values() {
-            active.cancel.cancel();
+            stop(&active.live);
         }
         drop(state);
         self.changed.notify_all();
+        waiting
     }
 
     /// Lets the workers end.
@@ -244,39 +293,5 @@ impl Queue {
         state.finished = true;
         drop(state);
         self.changed.notify_all();
-    }
-}
-
-/// The waiting side of a job. Dropping it before the answer cancels the job.
-pub struct Ticket {
-    queue: Arc<Queue>,
-    id: u64,
-    receiver: oneshot::Receiver<Reply>,
-    answered: bool,
-    on_leave: Option<Box<dyn FnOnce(Phase)>>,
-}
-
-impl Ticket {
-    /// Runs `then` if the client leaves before the answer.
-    pub fn on_leave(&mut self, then: impl FnOnce(Phase) + 'static) {
-        self.on_leave = Some(Box::new(then));
-    }
-
-    /// Waits for the worker's answer.
-    pub async fn answer(mut self) -> Reply {
-        let reply = (&mut self.receiver).await;
-        self.answered = true;
-        reply.unwrap_or_else(|_| Err(Problem::internal("a generation thread dropped its job")))
-    }
-}
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        if self.answered {
-            return;
-        }
-        if let (Some(phase), Some(then)) = (self.queue.abandon(self.id), self.on_leave.take()) {
-            then(phase);
-        }
     }
 }

@@ -11,11 +11,15 @@ use actix_web::dev::ServerHandle;
 use actix_web::middleware::from_fn;
 use actix_web::{App, HttpServer, web};
 
+use super::auth::Keys;
 use super::health::{Health, Life};
+use super::live::{Lives, StoppedBy};
 use super::metrics::Metrics;
 use super::problem::{Kind, Problem};
-use super::queue::Queue;
-use super::{Settings, routes, worker};
+use super::queue::{Job, Queue};
+use super::speed::Speed;
+use super::store::Store;
+use super::{Settings, jobs, routes, worker};
 use crate::engine::request::GenerateRequest;
 use crate::engine::{Backend, CancelToken};
 use crate::{Error, Result};
@@ -27,7 +31,11 @@ const GRACE: Duration = Duration::from_secs(3);
 /// What HTTP threads and generation threads share.
 pub struct Shared {
     pub settings: Settings,
-    pub queue: Arc<Queue>,
+    pub queue: Queue,
+    pub lives: Lives,
+    pub store: Store,
+    pub speed: Speed,
+    pub keys: Option<Keys>,
     pub metrics: Metrics,
     pub health: Health,
     backend: OnceLock<Arc<dyn Backend>>,
@@ -73,7 +81,7 @@ pub struct Running {
 /// thread of its own; generations are admitted when it has warmed up.
 ///
 /// # Errors
-/// The address cannot be bound or a thread cannot be started. That loading
+/// The address cannot be bound, the history cannot be opened, or a thread cannot be started. That loading
 /// failed is what [`Running::wait`] reports.
 pub fn start(
     settings: Settings,
@@ -81,8 +89,13 @@ pub fn start(
 ) -> Result<Running> {
     let listener = bind(&settings.listen)?;
     let address = listener.local_addr().map_err(|e| Error::invalid("listen", e.to_string()))?;
+    let keys = keys(&settings)?;
     let shared = Arc::new(Shared {
-        queue: Arc::new(Queue::new(settings.queue, settings.queue_f, settings.workers)),
+        queue: Queue::new(settings.queue, settings.queue_f, settings.workers),
+        lives: Lives::default(),
+        store: Store::open(&settings.data, settings.keep)?,
+        speed: Speed::default(),
+        keys,
         metrics: Metrics::new()?,
         health: Health::default(),
         backend: OnceLock::new(),
@@ -102,6 +115,19 @@ pub fn start(
         }
     })?;
     Ok(Running { address, shared, events, http, http_thread })
+}
+
+/// The keys that requests need; without a file everybody may do everything.
+fn keys(settings: &Settings) -> Result<Option<Keys>> {
+    if !settings.keys.as_os_str().is_empty() {
+        return Keys::read(&settings.keys).map(Some);
+    }
+    let local = ["127.", "localhost:", "[::1]:"].iter().any(|l| settings.listen.starts_with(l));
+    if !local {
+        let listen = &settings.listen;
+        tracing::warn!(%listen, "no API keys: whoever reaches this address may do everything");
+    }
+    Ok(None)
 }
 
 fn bind(listen: &str) -> Result<TcpListener> {
@@ -138,6 +164,7 @@ fn serve(
             let server = HttpServer::new(move || {
                 App::new()
                     .app_data(data.clone())
+                    .wrap(from_fn(routes::admit))
                     .wrap(from_fn(routes::observe))
                     .configure(routes::configure)
             })
@@ -172,6 +199,7 @@ fn load(shared: &Shared, open: impl FnOnce() -> Result<Arc<dyn Backend>>) -> Res
     let backend = shared.backend.get_or_init(|| backend);
     shared.health.advance(Life::Warming);
     warm_up(shared, backend.as_ref())?;
+    jobs::resume(shared, backend.as_ref())?;
     shared.health.advance(Life::Ready);
     tracing::info!("ready");
     Ok(())
@@ -197,6 +225,7 @@ fn warm_up(shared: &Shared, backend: &dyn Backend) -> Result<()> {
     let generation = backend.generate(&planned, &CancelToken::default(), &mut |_| {})?;
     let seconds = start.elapsed().as_secs_f64();
     shared.queue.measure(seconds, generation.cost.actual.units.f);
+    shared.speed.learn(&generation.resolved, &generation.cost.actual, seconds);
     tracing::info!(seconds, steps, "warmed up");
     Ok(())
 }
@@ -226,7 +255,7 @@ impl Running {
         };
         self.shared.health.advance(Life::Draining);
         let queue = &self.shared.queue;
-        queue.close();
+        postpone(queue.close());
         let stats = queue.stats();
         let drain = Duration::from_secs(self.shared.settings.drain_seconds);
         tracing::info!(waiting = stats.waiting, running = stats.running, "draining");
@@ -235,8 +264,10 @@ impl Running {
             if left.waiting + left.running > 0 {
                 tracing::warn!(waiting = left.waiting, running = left.running, "cancelling");
             }
-            queue.cancel_all();
+            postpone(queue.abort(|live| live.stop(StoppedBy::Shutdown)));
             queue.wait_idle(GRACE);
+            // In the middle of a long step: not a crash.
+            queue.running().iter().for_each(|live| jobs::leave_to_the_next(&self.shared, live));
         }
         queue.end();
         // Sends the command now; the thread ends when connections are closed.
@@ -246,4 +277,9 @@ impl Running {
         }
         failure.map_or(Ok(()), Err)
     }
+}
+
+/// Tells whoever waits for work that does not begin any more.
+fn postpone(jobs: Vec<Job>) {
+    jobs.iter().for_each(|job| jobs::postpone(&job.live));
 }

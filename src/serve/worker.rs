@@ -3,57 +3,61 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 use std::time::Instant;
 
-use serde_json::Value;
-
-use super::answer::{self, AnswerError};
+use super::answer::{Answer, AnswerError};
+use super::jobs;
+use super::live::{Done, End};
 use super::problem::Problem;
-use super::queue::{Job, Reply};
+use super::queue::Job;
 use super::server::Shared;
+use super::store::Lasting;
 use crate::diffusion::cost::Units;
-use crate::engine::{Backend, Progress};
+use crate::engine::Progress;
 use crate::{Error, Result};
 
 /// Deep recursion in tensor graphs needs far more than the usual 2 MiB.
 pub const STACK_BYTES: usize = 64 << 20;
 
-/// A finished generation, ready to be written to its client.
-pub struct Done {
-    pub id: String,
-    pub body: Vec<u8>,
-    pub queue_seconds: f64,
-    pub seconds: f64,
-}
-
 /// Serves jobs until the queue ends.
 pub fn work(shared: &Shared) {
     while let Some(job) = shared.queue.next() {
-        let (id, start) = (job.id, Instant::now());
+        let start = Instant::now();
         let queue_seconds = start.duration_since(job.enqueued).as_secs_f64();
         shared.metrics.queue_wait.observe(queue_seconds);
-        let reply = run(shared, &job, start, queue_seconds);
+        let outcome = run(shared, &job, start, queue_seconds);
+        if matches!(outcome, Err(Stop::Told)) {
+            // Recorded before the server may end.
+            jobs::stopped(shared, &job.live);
+        }
         // The place is free before the client hears of it.
-        shared.queue.finish(id);
-        // A client that already left needs no answer.
-        let _ = job.reply.send(reply);
+        shared.queue.finish(&job.live.id);
+        match outcome {
+            Ok(done) => job.live.end(End::Completed(done)),
+            Err(Stop::Problem(problem)) => job.live.end(End::Problem(problem)),
+            Err(Stop::Told) => {}
+        }
     }
 }
 
-fn run(shared: &Shared, job: &Job, start: Instant, queue_seconds: f64) -> Reply {
-    let backend = shared.backend()?;
-    let id = uuid::Uuid::now_v7().to_string();
-    let method = match job.planned.resolved.method.get("name") {
-        Some(Value::String(name)) => name.as_str(),
-        _ => "other",
-    };
+/// Why a generation has no result.
+enum Stop {
+    Problem(Problem),
+    /// Somebody asked it to stop.
+    Told,
+}
+
+fn run(shared: &Shared, job: &Job, start: Instant, queue_seconds: f64) -> Result<Done, Stop> {
+    let (live, id) = (&job.live, job.live.id.as_str());
+    let method = job.live.new.planned.resolved.method_name();
     let mut counted = Units::default();
     let mut stages = BTreeMap::new();
     // The backend owns its state behind its own locks; a job that panics takes
     // nothing else with it.
     let result = catch_unwind(AssertUnwindSafe(|| {
-        generate(shared, backend.as_ref(), job, &id, &mut counted, &mut stages)
+        begin(shared, job, queue_seconds)?;
+        generate(shared, job, &mut counted, &mut stages)
     }))
     .unwrap_or_else(|panic| {
         Err(Failure::Internal(format!("panic: {}", message_of(panic.as_ref()))))
@@ -76,23 +80,38 @@ fn run(shared: &Shared, job: &Job, start: Instant, queue_seconds: f64) -> Reply 
         queue_seconds,
         "generation"
     );
-    match result {
-        Ok(body) => Ok(Done { id, body, queue_seconds, seconds }),
-        Err(Failure::Error(error)) => {
+    let failure = match result {
+        Ok((linked, inline)) => {
+            return Ok(Done { linked: linked.into(), inline, queue_seconds, seconds });
+        }
+        Err(failure) => failure,
+    };
+    let problem = match failure {
+        Failure::Error(Error::Cancelled) => return Err(Stop::Told),
+        Failure::Error(error) => {
             let retry_after = match &error {
-                Error::Cancelled => Some(10),
                 Error::OutOfMemory { cause, .. } => {
                     tracing::error!(id, %cause, "{error}");
                     Some(shared.queue.stats().retry_after)
                 }
                 _ => None,
             };
-            Err(Problem { retry_after, ..Problem::from(error) })
+            Problem { retry_after, ..Problem::from(error) }
         }
-        Err(Failure::Internal(message)) => {
-            Err(Problem::internal(format!("generation {id}: {message}")))
-        }
+        Failure::Internal(message) => Problem::internal(format!("generation {id}: {message}")),
+    };
+    jobs::record_end(shared, live, &problem);
+    Err(Stop::Problem(problem))
+}
+
+fn begin(shared: &Shared, job: &Job, queue_seconds: f64) -> Result<(), Failure> {
+    let live = &job.live;
+    live.cancel.check()?;
+    if live.durable {
+        shared.store.start(&live.id)?;
     }
+    live.started(queue_seconds);
+    Ok(())
 }
 
 enum Failure {
@@ -112,15 +131,17 @@ impl From<AnswerError> for Failure {
     }
 }
 
+/// The answer with images as addresses, and with their bytes if somebody waits for them.
+type Written = (String, Option<Arc<[u8]>>);
+
 fn generate(
     shared: &Shared,
-    backend: &dyn Backend,
     job: &Job,
-    id: &str,
     counted: &mut Units,
     stages: &mut BTreeMap<String, f64>,
-) -> Result<Vec<u8>, Failure> {
-    job.cancel.check()?;
+) -> Result<Written, Failure> {
+    let backend = shared.backend().map_err(|problem| Failure::Internal(problem.to_string()))?;
+    let (live, planned) = (&job.live, &job.live.new.planned);
     let start = Instant::now();
     // Counts each unit once, whichever of the reports is further.
     let mut count = |spent: Units| {
@@ -132,19 +153,51 @@ fn generate(
         };
         *counted += more;
         shared.metrics.spent(more);
-        job.spent_f.store(spent.f, Ordering::Relaxed);
+        if more.f > 0 {
+            live.spent(spent, planned.cost);
+        }
     };
-    let mut progress = |progress: Progress| count(progress.spent);
-    let generation = backend.generate(&job.planned, &job.cancel, &mut progress)?;
+    let mut progress = |progress: Progress| {
+        count(progress.spent);
+        if let Some(event) = progress.event {
+            live.push("decision", &event);
+        }
+    };
+    let generation = backend.generate(planned, &live.cancel, &mut progress)?;
     let units = generation.cost.actual.units;
     count(units);
-    shared.queue.measure(start.elapsed().as_secs_f64(), units.f);
-    shared.metrics.plan_error(job.planned.cost.f, units.f);
+    let seconds = start.elapsed().as_secs_f64();
+    shared.queue.measure(seconds, units.f);
+    shared.speed.learn(&generation.resolved, &generation.cost.actual, seconds);
+    shared.metrics.plan_error(planned.cost.f, units.f);
     stages.clone_from(&generation.cost.actual.seconds);
     let encoding = Instant::now();
-    let body = answer::write(id, generation)?;
+    let answer = Answer::new(&live.id, generation)?;
     *stages.entry("encode".to_owned()).or_default() += encoding.elapsed().as_secs_f64();
-    Ok(body)
+    let storing = Instant::now();
+    let (linked, answer) = store(shared, job, answer)?;
+    *stages.entry("store".to_owned()).or_default() += storing.elapsed().as_secs_f64();
+    let inline = if live.is_awaited() { Some(answer.inline()?.into()) } else { None };
+    Ok((linked, inline))
+}
+
+/// Writes the result down before anybody hears of it. A client that waits for its answer's bytes
+/// gets them even when that fails.
+fn store(shared: &Shared, job: &Job, mut answer: Answer) -> Result<(String, Answer), Failure> {
+    let (live, linked) = (&job.live, answer.linked()?);
+    let (new, lasting) = match live.durable {
+        true => (None, Lasting::Machine),
+        false => (Some(&live.new), Lasting::Process),
+    };
+    match shared.store.complete(&live.id, new, answer.files(), &linked, lasting) {
+        Ok(()) => Ok((linked, answer)),
+        Err(error) if live.durable => Err(error.into()),
+        Err(error) => {
+            tracing::error!(id = live.id, %error, "a result was not stored");
+            answer.forget_addresses();
+            Ok((answer.linked()?, answer))
+        }
+    }
 }
 
 fn message_of(panic: &(dyn Any + Send)) -> String {

@@ -1,5 +1,5 @@
 //! A backend without a model: deterministic pictures, exact costs, and prompts
-//! that make it wait, fail, panic or run out of memory.
+//! that make it wait, fail, panic, run out of memory or end the process.
 
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex};
@@ -174,6 +174,7 @@ impl Backend for Fake {
                 reward: request.reward.clone(),
                 budget,
                 output_format: request.output_format.unwrap_or_default(),
+                digests: request.digests.unwrap_or_default(),
             },
         })
     }
@@ -216,7 +217,11 @@ impl Fake {
             cancel.check()?;
             std::thread::sleep(self.step);
             spent.f += 2;
-            progress(Progress { spent, planned: planned.cost, event: None });
+            let event = (spent.f == 2).then(|| json!({"event": "chosen", "candidate": 0}));
+            progress(Progress { spent, planned: planned.cost, event });
+            if prompt.contains("deadly") {
+                std::process::abort();
+            }
             if prompt.contains("wait") {
                 self.gate.pass(cancel)?;
             }
@@ -229,6 +234,9 @@ impl Fake {
             {"claim": "there is a red circle", "holds": true, "score": 0.97},
             {"claim": "it is left of the square", "holds": false, "score": 0.31},
         ]}));
+        if resolved.digests {
+            trace.push(json!({"image": 0, "digests": ["0000000a", "0000000b"]}));
+        }
         let seconds = BTreeMap::from([
             ("text".to_owned(), 0.001),
             ("unet".to_owned(), start.elapsed().as_secs_f64()),

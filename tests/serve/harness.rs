@@ -1,6 +1,8 @@
 //! A server on a free port of this machine, and a client that shows every status.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,6 +18,7 @@ pub struct Server {
     pub fake: Arc<Fake>,
     pub stopper: Stopper,
     agent: ureq::Agent,
+    data: PathBuf,
     thread: Option<JoinHandle<Result<()>>>,
 }
 
@@ -52,8 +55,20 @@ impl Answer {
     }
 }
 
+/// Folders of histories, each removed with its server.
+const DATA: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/serve");
+
 pub fn settings() -> Settings {
-    Settings { listen: "127.0.0.1:0".to_owned(), drain_seconds: 5, ..Settings::default() }
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let data = Path::new(DATA).join(format!("{}-{number}", std::process::id()));
+    settings_in(&data)
+}
+
+/// Settings of a server that goes on with the history in `data`.
+pub fn settings_in(data: &Path) -> Settings {
+    let (listen, data) = ("127.0.0.1:0".to_owned(), data.to_path_buf());
+    Settings { listen, data, drain_seconds: 5, ..Settings::default() }
 }
 
 /// A ready server with ordinary settings.
@@ -75,6 +90,7 @@ pub fn unready(
     fake: Arc<Fake>,
     open: impl FnOnce() -> Result<Arc<dyn Backend>> + Send + 'static,
 ) -> Server {
+    let data = settings.data.clone();
     let running = serve::start(settings, open).unwrap();
     let url = format!("http://{}", running.address());
     let stopper = running.stopper();
@@ -84,7 +100,8 @@ pub fn unready(
         .max_idle_connections(0)
         .build()
         .into();
-    Server { url, fake, stopper, agent, thread: Some(std::thread::spawn(|| running.wait())) }
+    let thread = Some(std::thread::spawn(|| running.wait()));
+    Server { url, fake, stopper, agent, data, thread }
 }
 
 impl Server {
@@ -116,6 +133,51 @@ impl Server {
 
     pub fn delete(&self, path: &str) -> Answer {
         read(self.agent.delete(format!("{}{path}", self.url)).call().unwrap())
+    }
+
+    /// Sends a request with any method, headers and body.
+    pub fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &Value) -> Answer {
+        let mut request = ureq::http::Request::builder().method(method);
+        request = request.uri(format!("{}{path}", self.url));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        if body.is_null() {
+            return read(self.agent.run(request.body(()).unwrap()).unwrap());
+        }
+        let request = request.header("content-type", "application/json");
+        read(self.agent.run(request.body(body.to_string()).unwrap()).unwrap())
+    }
+
+    /// Posts a generation that outlives its client; its id.
+    #[track_caller]
+    pub fn post_async(&self, body: &Value) -> String {
+        let answer = self.send("POST", "/generate", &[("prefer", "respond-async")], body);
+        assert_eq!(answer.status, 202, "{}", answer.text());
+        answer.json()["id"].as_str().unwrap().to_owned()
+    }
+
+    pub fn put(&self, id: &str, body: &Value) -> Answer {
+        self.send("PUT", &format!("/generations/{id}"), &[], body)
+    }
+
+    pub fn compare(&self, body: &Value) -> Answer {
+        self.send("POST", "/compare", &[], body)
+    }
+
+    /// What the server knows of a generation.
+    #[track_caller]
+    pub fn status(&self, id: &str) -> Value {
+        let answer = self.get(&format!("/generations/{id}"));
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        answer.json()
+    }
+
+    /// Waits until a generation has a state.
+    #[track_caller]
+    pub fn until_state(&self, id: &str, state: &str) -> Value {
+        self.until(state, |s| s.status(id)["state"] == state);
+        self.status(id)
     }
 
     /// Posts from another thread.
@@ -151,6 +213,9 @@ impl Drop for Server {
         self.stopper.stop();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+        }
+        if self.data.starts_with(DATA) {
+            let _ = std::fs::remove_dir_all(&self.data);
         }
     }
 }

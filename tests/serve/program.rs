@@ -1,6 +1,8 @@
 //! The program: settings from its sources, messages, signals.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,6 +11,7 @@ use diffusion_sharpening::engine::Backend;
 use diffusion_sharpening::serve::{self, Overrides, Settings};
 
 use crate::fake::Fake;
+use crate::harness::settings;
 
 fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ds-serve"));
@@ -106,9 +109,11 @@ fn help_has_every_setting_with_its_default() {
 #[ignore = "runs until it is signalled"]
 fn fake_server() {
     let listen = std::env::var("FAKE_LISTEN").unwrap_or_else(|_| "127.0.0.1:0".to_owned());
-    let fake = Fake { step: Duration::from_millis(10), ..Fake::default() };
+    let step = std::env::var("FAKE_STEP_MS").map_or(10, |ms| ms.parse().unwrap());
+    let fake = Fake { step: Duration::from_millis(step), ..Fake::default() };
     let backend: Arc<dyn Backend> = Arc::new(fake);
-    let settings = Settings { listen, drain_seconds: 60, ..Settings::default() };
+    let data = std::env::var_os("FAKE_DATA").map_or_else(|| settings().data, PathBuf::from);
+    let settings = Settings { listen, data, drain_seconds: 60, queue: 1000, ..Settings::default() };
     let running = serve::start(settings, move || Ok(backend)).unwrap();
     serve::stop_on_signals(running.stopper()).unwrap();
     println!("\nlistening on http://{}", running.address());
@@ -116,18 +121,27 @@ fn fake_server() {
     println!("ended");
 }
 
-struct Process {
-    child: Child,
-    url: String,
+pub struct Process {
+    pub child: Child,
+    pub url: String,
 }
 
 impl Process {
     fn start() -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        Self::start_with(&[])
+    }
+
+    pub fn spawn(variables: &[(&str, &OsStr)]) -> Child {
+        Command::new(std::env::current_exe().unwrap())
             .args(["--ignored", "--exact", "program::fake_server", "--nocapture"])
+            .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .spawn()
-            .unwrap();
+            .unwrap()
+    }
+
+    pub fn start_with(variables: &[(&str, &OsStr)]) -> Self {
+        let mut child = Self::spawn(variables);
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let url = lines
             .find_map(|line| line.unwrap().strip_prefix("listening on ").map(str::to_owned))

@@ -107,6 +107,7 @@ impl Backend for Fake {
             reward: request.reward.clone(),
             budget,
             output_format: request.output_format.unwrap_or_default(),
+            digests: request.digests.unwrap_or_default(),
         };
         self.log.lock().unwrap().push(request.clone());
         Ok(Planned { resolved, cost: Units { f: n * trajectory, v: n, y: n, l: 0 } })
