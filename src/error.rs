@@ -32,8 +32,14 @@ pub enum Error {
         #[source]
         cause: Box<candle_core::Error>,
     },
+    /// Training came to numbers that are not finite.
+    #[error("training diverged: {0}")]
+    Diverged(String),
     #[error("cancelled")]
     Cancelled,
+    /// The time that the work had is over; see [`crate::util::CancelToken`].
+    #[error("the deadline has passed")]
+    Deadline,
     #[error("tensor operation failed: {0}")]
     Tensor(#[source] candle_core::Error),
 }

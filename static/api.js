@@ -2,8 +2,30 @@
 
 const KEY = "diffusion-sharpening.key";
 
-export const key = () => sessionStorage.getItem(KEY) ?? "";
-export const setKey = (value) => sessionStorage.setItem(KEY, value);
+/** A request with anything else in its header could not be sent at all. */
+const sendable = (text) => text.replace(/[^\x21-\x7e]/g, "");
+
+/** Kept here, too: not every browser stores. */
+let kept = null;
+
+export function key() {
+  if (kept !== null) return kept;
+  try {
+    kept = sendable(sessionStorage.getItem(KEY) ?? "");
+  } catch {
+    kept = "";
+  }
+  return kept;
+}
+
+export function setKey(value) {
+  kept = sendable(value);
+  try {
+    sessionStorage.setItem(KEY, kept);
+  } catch {
+    // A browser that stores nothing asks again after a reload.
+  }
+}
 
 async function request(path, init = {}) {
   const headers = { ...init.headers };
@@ -39,15 +61,19 @@ export async function call(path, init) {
   return response.status === 204 ? null : response.json();
 }
 
-/** Posts JSON and yields the events of the answer: {name, data}. */
-export async function* events(path, body, signal) {
-  const response = await request(path, {
+/** Posts JSON; what comes back. */
+export function post(path, body, headers = {}) {
+  return call(path, {
     method: "POST",
-    headers: { "Content-Type": "application/json", Accept: "text/event-stream" },
+    headers: { "Content-Type": "application/json", ...headers },
     body: JSON.stringify(body),
-    signal,
   });
-  if (!response.ok) throw await refusal(response);
+}
+
+const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+
+/** Reads the events of one stream: {id, name, data}. */
+async function* read(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
@@ -58,25 +84,51 @@ export async function* events(path, body, signal) {
     for (const block of blocks) {
       const field = (name) => block.split("\n").find((line) => line.startsWith(name))?.slice(name.length);
       const data = field("data: ");
-      if (data !== undefined) yield { name: field("event: "), data: JSON.parse(data) };
+      if (data !== undefined) yield { id: field("id: "), name: field("event: "), data: JSON.parse(data) };
     }
   }
 }
 
-/** Generates, and tells of each event before the end; the answer. */
-export async function generate(body, signal, tell) {
-  for await (const { name, data } of events("/generate", body, signal)) {
-    if (name === "completed") return data;
-    if (name === "failed" || name === "cancelled") throw data;
-    tell(name, data);
+const ENDS = new Set(["completed", "failed", "cancelled"]);
+
+/**
+ * Follows a generation to its end and tells of each event; comes back where the connection
+ * breaks. Resolves when it has ended or the server has nothing more to tell.
+ */
+export async function follow(id, signal, tell) {
+  let last = null;
+  for (let failures = 0; failures < 20; ) {
+    try {
+      const headers = { Accept: "text/event-stream" };
+      if (last !== null) headers["Last-Event-ID"] = last;
+      const response = await request(`/generations/${id}/events`, { headers, signal });
+      if (response.status === 204) return;
+      if (!response.ok) throw await refusal(response);
+      for await (const event of read(response)) {
+        failures = 0;
+        last = event.id ?? last;
+        tell(event.name, event.data);
+        if (ENDS.has(event.name)) return;
+      }
+    } catch (problem) {
+      if (signal.aborted || (problem.status >= 400 && problem.status !== 503)) throw problem;
+    }
+    failures += 1;
+    await pause(250 * failures);
   }
   throw { title: "The server ended the stream", detail: "Is it still running?", status: 0 };
 }
 
-/** An address that an img can have: images need the key, too. */
+/** An address that an img can have: images need the key, too. Who gets a blob revokes it. */
 export async function imageSource(url) {
   if (!key()) return url;
   const response = await request(url);
   if (!response.ok) throw await refusal(response);
   return URL.createObjectURL(await response.blob());
+}
+
+/** The address of a PNG in base64. */
+export function pngSource(base64) {
+  const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+  return URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
 }

@@ -1,7 +1,8 @@
 // The form: prompt, seed, and one editor per method ("arm").
 
 const STORE = "diffusion-sharpening.form";
-const FIELDS = ["prompt", "seed", "images", "model", "negative", "guidance"];
+const FIELDS = ["prompt", "seed", "images", "model", "negative", "guidance", "contract", "allowed", "budgets"];
+const PREVIEWS = 8;
 
 export const byId = (id) => document.getElementById(id);
 
@@ -44,6 +45,7 @@ export class Form {
     byId("negative").maxLength = limits.max_prompt_chars;
     this.fill(this.stored() ?? this.initial());
     byId("form").addEventListener("input", () => this.changed());
+    byId("contract").addEventListener("change", () => this.showContract());
     byId("model").addEventListener("change", () => this.modelChanged());
     byId("dice").addEventListener("click", () => {
       byId("seed").value = Math.floor(Math.random() * 1e6);
@@ -108,24 +110,46 @@ export class Form {
     if (number(byId("images").value) === undefined) byId("images").value = 1;
     if (number(byId("seed").value) === undefined) byId("seed").value = 7;
     this.showModel();
+    this.showContract();
     for (const arm of state.arms) this.addArm(arm);
   }
 
-  /** Fills in what a generation of the history was asked for: one arm. */
-  use(item) {
-    const { name, ...params } = item.method;
+  /** What a contract is of. */
+  showContract() {
+    const contract = byId("contract").value;
+    byId("allowed-field").hidden = !contract;
+    byId("budgets-field").hidden = Boolean(contract);
+    byId("allowed-unit").textContent = contract === "equal_f" ? "F an image" : "ms an image";
+    if (contract && number(byId("allowed").value) === undefined) {
+      byId("allowed").value = contract === "equal_f" ? 400 : 5000;
+    }
+  }
+
+  /** Fills in every effective value of a generation: one arm, which no contract bounds. */
+  use(resolved) {
+    const { name, ...params } = resolved.method;
     const known = this.listing.methods.find((m) => m.name === name)?.params ?? {};
-    const kept = Object.entries(params).filter(([key, value]) => key in known && typeof value !== "object");
-    for (const arm of [...this.arms]) arm.element.remove();
+    const kept = Object.entries(params).filter(([key, value]) => key in known && value !== null);
+    const text = (value) => (Array.isArray(value) ? value.join(", ") : String(value));
+    for (const arm of this.arms) arm.element.remove();
     this.arms = [];
-    byId("prompt").value = item.prompt;
-    byId("seed").value = item.seed;
-    byId("model").value = item.model;
-    this.showModel();
-    this.addArm({
-      method: name,
-      adapter: item.adapter ?? "",
-      params: Object.fromEntries(kept.map(([key, value]) => [key, String(value)])),
+    this.fill({
+      prompt: resolved.prompt,
+      seed: resolved.seed,
+      images: resolved.n,
+      model: resolved.model,
+      negative: resolved.negative_prompt ?? "",
+      guidance: resolved.guidance_scale,
+      contract: "",
+      budgets: "",
+      arms: [{
+        method: name,
+        adapter: resolved.adapter ?? "",
+        steps: resolved.steps,
+        budget: resolved.budget.f ?? "",
+        reward: resolved.reward ?? "",
+        params: Object.fromEntries(kept.map(([key, value]) => [key, text(value)])),
+      }],
     });
     this.changed();
   }
@@ -282,35 +306,66 @@ export class Form {
       ...[...names, ...together].map((value) => make("option", { value })));
   }
 
-  /** The bodies to post, one per arm; only what was filled in. */
-  requests() {
-    const shared = {
+  /** Budgets that every method gets in turn, where the form has some. */
+  budgets() {
+    if (byId("contract").value) return [];
+    const all = byId("budgets").value.split(/[\s,;]+/).map(number);
+    return all.filter((f) => f !== undefined && f > 0);
+  }
+
+  /** Columns of the results: budgets, or 0 for as many as fit. */
+  across(comparison) {
+    const budgets = new Set(comparison.arms.map((arm) => arm.label.match(/ · (\d+) F$/)?.[1]));
+    return budgets.has(undefined) || budgets.size < 2 ? 0 : budgets.size;
+  }
+
+  /** The body of POST /compare; only what was filled in. */
+  comparison() {
+    const base = {
       prompt: byId("prompt").value,
       seed: number(byId("seed").value) ?? 7,
       n: number(byId("images").value) ?? 1,
+      previews: PREVIEWS,
     };
-    if (this.model()) shared.model = this.model().id;
-    if (byId("negative").value.trim()) shared.negative_prompt = byId("negative").value;
+    if (this.model()) base.model = this.model().id;
+    if (byId("negative").value.trim()) base.negative_prompt = byId("negative").value;
     const guidance = number(byId("guidance").value);
-    if (guidance !== undefined) shared.guidance_scale = guidance;
-    return this.arms.map(({ state }) => {
-      const method = this.listing.methods.find((m) => m.name === state.method);
-      const params = {};
-      for (const [name, schema] of Object.entries(method?.params ?? {})) {
-        const value = this.paramValue(state.params[name], schema ?? {});
-        if (value !== undefined) params[name] = value;
-      }
-      const body = { ...shared, method: { name: state.method, ...params } };
-      for (const key of ["steps", "budget"]) {
-        const value = number(state[key]);
-        if (value !== undefined) body[key] = value;
-      }
-      if (state.reward?.trim()) body.reward = state.reward.trim();
-      if (state.adapter && this.model()?.adapters.includes(state.adapter)) {
-        body.adapter = state.adapter;
-      }
-      return body;
+    if (guidance !== undefined) base.guidance_scale = guidance;
+    const budgets = this.budgets();
+    const arms = this.arms.flatMap(({ state }) => {
+      const arm = this.request(state);
+      if (budgets.length === 0) return [arm];
+      return budgets.map((budget) => ({ ...arm, budget, label: `${this.name(arm)} · ${budget} F` }));
     });
+    const body = { base, arms };
+    const contract = byId("contract").value;
+    if (contract) {
+      body.contract = { [contract]: number(byId("allowed").value) ?? 0 };
+      for (const arm of arms) delete arm.budget;
+    }
+    return body;
+  }
+
+  name(arm) {
+    return arm.adapter ? `${arm.method.name}@${arm.adapter}` : arm.method.name;
+  }
+
+  /** What one arm has of its own. */
+  request(state) {
+    const method = this.listing.methods.find((m) => m.name === state.method);
+    const params = {};
+    for (const [name, schema] of Object.entries(method?.params ?? {})) {
+      const value = this.paramValue(state.params[name], schema ?? {});
+      if (value !== undefined) params[name] = value;
+    }
+    const arm = { method: { name: state.method, ...params } };
+    for (const key of ["steps", "budget"]) {
+      const value = number(state[key]);
+      if (value !== undefined) arm[key] = value;
+    }
+    if (state.reward?.trim()) arm.reward = state.reward.trim();
+    if (state.adapter && this.model()?.adapters.includes(state.adapter)) arm.adapter = state.adapter;
+    return arm;
   }
 
   paramValue(text, schema) {

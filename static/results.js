@@ -1,7 +1,8 @@
 // Result cards: images with scores and cost, and the summary table.
 
-import { imageSource } from "./api.js";
+import { imageSource, key, pngSource } from "./api.js";
 import { byId, letter, make } from "./arms.js";
+import { open } from "./zoom.js";
 
 const urls = [];
 
@@ -34,29 +35,24 @@ function noise(seed) {
   return canvas;
 }
 
-function describe(body) {
-  const { name, ...params } = body.method;
-  const parts = Object.entries(params).map(([key, value]) => `${key.replaceAll("_", " ")} ${value}`);
-  if (body.steps !== undefined) parts.unshift(`${body.steps} steps`);
-  if (body.budget !== undefined) parts.push(`at most ${body.budget} F`);
-  if (body.reward) parts.push(`searches ${body.reward}`);
-  if (body.adapter) parts.push(`adapter ${body.adapter}`);
-  return parts.join(" · ") || "defaults";
-}
-
 export class Card {
-  constructor(body, index) {
-    this.body = body;
+  /** `arm`: of a comparison as the server describes it. */
+  constructor(arm, index, comparison) {
+    this.arm = arm;
+    this.comparison = comparison;
     this.mark = letter(index);
-    this.settings = make("p", { class: "settings", textContent: describe(body) });
-    this.main = make("div", { class: "images" }, noise(body.seed));
+    this.figures = [];
+    const planned = arm.planned ? `${arm.planned.f} F planned` : "";
+    const about = arm.planned_seconds ? `, about ${seconds(arm.planned_seconds)}` : "";
+    this.settings = make("p", { class: "settings", textContent: planned + about });
+    this.main = make("div", { class: "images" }, noise(comparison.base.seed ?? 0));
     this.note = make("p", { class: "quiet numbers", textContent: "waiting" });
     this.element = make(
       "article",
-      { class: "card", "aria-label": `${this.mark}: ${body.method.name}` },
+      { class: "card", "aria-label": `${this.mark}: ${arm.label}` },
       make("header", {},
         make("span", { class: "letter", textContent: this.mark, "aria-hidden": "true" }),
-        make("div", {}, make("h3", { textContent: body.method.name }), this.settings)),
+        make("div", {}, make("h3", { textContent: arm.label }), this.settings)),
       this.main,
       this.note,
     );
@@ -68,42 +64,58 @@ export class Card {
     this.element.dataset.state = name;
   }
 
-  tick(elapsed) {
-    this.note.textContent = `${this.doing ?? "running"}, ${elapsed.toFixed(1)} s`;
-  }
-
-  /** An event of the generation: how far it is. */
+  /** An event of the generation: how far it is, and what it looks like. */
   tell(name, data) {
-    if (name === "queued" && data.ahead?.position > 0) this.doing = `${data.ahead.position} before it`;
-    if (name === "started") this.doing = "running";
+    if (name === "queued" && data.ahead?.position > 0) this.note.textContent = `${data.ahead.position} before it`;
+    if (name === "started") {
+      this.state("running");
+      this.note.textContent = "running";
+    }
     if (name === "step") {
-      this.doing = `${data.spent.f} of ${data.planned.f} F`;
+      this.note.textContent = `${data.spent.f} of ${data.planned.f} F`;
       this.element.style.setProperty("--done", data.spent.f / Math.max(1, data.planned.f));
     }
+    if (name === "preview" && data.preview.data) this.preview(data.preview);
+    if (name === "completed") this.note.textContent = "done";
   }
 
-  cancelled() {
-    this.state("cancelled");
-    this.note.textContent = "cancelled";
+  preview({ data, f }) {
+    const source = pngSource(data);
+    const old = this.main.querySelector("img");
+    const image = make("img", { src: source, alt: `Estimate after ${f} F`, class: "estimate" });
+    this.main.replaceChildren(image);
+    if (old) URL.revokeObjectURL(old.src);
+    urls.push(source);
   }
 
-  failed(problem) {
-    this.state("failed");
-    const title = make("strong", { textContent: problem.title });
-    this.note.replaceWith(make("div", { class: "error" }, title, make("p", { textContent: problem.detail })));
+  failed(title, detail, state = "failed") {
+    this.state(state);
+    this.note.replaceWith(make("div", { class: state === "unmet" ? "unmet" : "error" },
+      make("strong", { textContent: title }), make("p", { textContent: detail })));
   }
 
-  async done(answer, wall) {
+  /** What the arm has come to. */
+  async done(arm) {
+    this.arm = arm;
+    if (arm.unmet) return this.failed("Cannot meet the contract", arm.unmet, "unmet");
+    if (arm.state === "cancelled") {
+      this.state("cancelled");
+      this.note.textContent = "cancelled";
+      return undefined;
+    }
+    const answer = arm.result;
+    if (!answer) return this.failed(arm.problem?.title ?? arm.state, arm.problem?.detail ?? "Its result was removed.");
     const count = answer.images.length;
-    const sources = await Promise.all(answer.images.map((image) => imageSource(image.url)));
+    const sources = await Promise.all(answer.images.map((image) => (image.url ? imageSource(image.url) : null)));
     this.state("done");
     this.answer = answer;
-    this.wall = wall;
     this.main.style.setProperty("--columns", count < 2 ? 1 : 2);
-    this.main.replaceChildren(...answer.images.map((image, i) => this.figure(image, sources[i], i, count)));
+    this.figures = answer.images.map((image, i) => this.figure(image, sources[i], i, count));
+    this.main.replaceChildren(...this.figures);
     this.settings.textContent = this.resolved();
     this.scores = make("dl", { class: "scores" });
     this.note.replaceWith(this.scores, this.cost(), ...this.claims(), this.more());
+    return undefined;
   }
 
   resolved() {
@@ -121,14 +133,22 @@ export class Card {
     if (!url) return make("p", { class: "error", textContent: "The server could not store this image." });
     if (url.startsWith("blob:")) urls.push(url);
     const of = count > 1 ? ` (image ${index + 1} of ${count})` : "";
-    const alt = `${this.answer.resolved.prompt}, generated by ${this.body.method.name}${of}`;
+    const alt = `${this.answer.resolved.prompt}, generated by ${this.arm.label}${of}`;
     const { width, height, prompt } = this.answer.resolved;
     const name = `${prompt.replace(/[^a-z0-9]+/gi, "-").slice(0, 40)}-${image.seed}-${this.mark}.${image.format}`;
     const save = make("a", { href: url, download: name, textContent: "save" });
     save.setAttribute("aria-label", `Save image ${this.mark}${of}`);
+    const look = make("button", { type: "button", class: "look" }, make("img", { src: url, alt, width, height }));
+    look.setAttribute("aria-label", `Zoom ${this.mark}${of}: ${alt}`);
+    look.addEventListener("click", () => zoomed(this, index));
     return make("figure", {},
-      make("img", { src: url, alt, width, height }),
+      look,
       make("figcaption", {}, make("span", { textContent: `seed ${image.seed}` }), save));
+  }
+
+  /** The image that is shown. */
+  picture(index) {
+    return this.figures[index]?.querySelector("img");
   }
 
   /** The mean over the images that were scored, by reward. */
@@ -172,12 +192,12 @@ export class Card {
   cost() {
     const { planned, actual } = this.answer.cost;
     const rows = [["F", "f"], ["V", "v"], ["Y", "y"], ["L", "l"]]
-      .filter(([, key]) => key in planned || key in actual)
-      .map(([name, key]) =>
-        make("tr", { class: planned[key] === actual[key] ? "" : "off" },
+      .filter(([, unit]) => unit in planned || unit in actual)
+      .map(([name, unit]) =>
+        make("tr", { class: planned[unit] === actual[unit] ? "" : "off" },
           make("th", { scope: "row", textContent: name }),
-          make("td", { textContent: planned[key] ?? 0 }),
-          make("td", { textContent: actual[key] ?? 0 })));
+          make("td", { textContent: planned[unit] ?? 0 }),
+          make("td", { textContent: actual[unit] ?? 0 })));
     const stages = Object.entries(actual.seconds ?? {}).filter(([, s]) => Number.isFinite(s) && s > 0);
     const bar = make("div", { class: "stages", "aria-hidden": "true" },
       ...stages.map(([name, share]) => {
@@ -186,10 +206,14 @@ export class Card {
         return part;
       }));
     const list = stages.map(([name, share]) => `${name.replaceAll("_", " ")} ${seconds(share)}`).join(" · ");
+    const unused = Object.entries(this.arm.unused ?? {}).map(([unit, left]) =>
+      make("tr", {},
+        make("th", { scope: "row", textContent: "unused" }), make("td", {}),
+        make("td", { textContent: unit === "ms" ? `${left.toFixed(0)} ms` : `${left} ${unit.toUpperCase()}` })));
     const head = ["cost", "planned", "actual"].map((text) => make("th", { scope: "col", textContent: text }));
     rows.push(make("tr", {},
       make("th", { scope: "row", textContent: "time" }), make("td", { textContent: "" }),
-      make("td", { textContent: seconds(this.spentSeconds()) })));
+      make("td", { textContent: seconds(this.spentSeconds()) })), ...unused);
     return make("div", {},
       make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)),
       bar, make("p", { class: "stage-list", textContent: list }));
@@ -197,7 +221,7 @@ export class Card {
 
   spentSeconds() {
     const all = Object.values(this.answer.cost.actual.seconds ?? {}).filter(Number.isFinite);
-    return all.length > 0 ? all.reduce((a, b) => a + b, 0) : this.wall;
+    return all.length > 0 ? all.reduce((a, b) => a + b, 0) : NaN;
   }
 
   /** The judge's verdict on each claim of the caption, where the trace has one. */
@@ -219,14 +243,26 @@ export class Card {
   more() {
     const { id, resolved, model, trace } = this.answer;
     const text = JSON.stringify({ id, model, resolved, trace }, null, 1);
+    const bundle = key() ? null : make("a", { href: `/generations/${id}/bundle`, download: `${id}.tar`, textContent: "bundle to run again" });
     return make("details", {},
       make("summary", { textContent: "Every value and the trace" }),
+      bundle,
       make("pre", { textContent: text, tabIndex: 0 }));
   }
 }
 
+let all = [];
+
+/** Opens an image large, with the same image of the other methods. */
+function zoomed(card, index) {
+  const cards = all.filter((other) => other.picture(index));
+  const images = cards.map((other) => ({ picture: other.picture(index), title: `${other.mark} · ${other.arm.label}` }));
+  open(images, cards.indexOf(card));
+}
+
 /** Marks the best of each reward and fills in the summary. */
 export function compare(cards) {
+  all = cards;
   const done = cards.filter((card) => card.answer);
   const means = new Map(done.map((card) => [card, card.means()]));
   const names = [...new Set([...means.values()].flatMap((m) => [...m.keys()]))];
@@ -246,7 +282,7 @@ export function compare(cards) {
     const cells = [actual.f, actual.v, actual.y, seconds(card.spentSeconds())];
     return make("tr", {},
       make("td", { textContent: card.mark }),
-      make("th", { scope: "row", class: "name", textContent: card.body.method.name }),
+      make("th", { scope: "row", class: "name", textContent: card.arm.label }),
       ...cells.map((text) => make("td", { textContent: text })),
       ...names.map((name) =>
         make("td", {

@@ -308,3 +308,42 @@ fn an_interrupted_ablation_goes_on_to_the_same_scores() {
     }
     assert_eq!(plan.jobs().len(), 6);
 }
+
+#[test]
+fn a_cell_that_diverges_leaves_the_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, out) = (folder.path().join("small.toml"), folder.path().join("out"));
+    let text = "
+method = \"sft\"
+seeds = \"0..1\"
+prompts = \"scenes:test:2\"
+image_seeds = \"0..1\"
+steps = 2
+[settings]
+n = 1
+m = 1
+steps = 12
+batch = 1
+rank = 1
+data = \"scenes:train:4:1\"
+validate_every = 0
+[[cells]]
+name = \"hopeless\"
+set = { lr = 1e35 }
+[[cells]]
+name = \"later\"
+set = { batch = 2 }
+";
+    std::fs::write(&file, text).unwrap();
+    let (_, tally) =
+        run(&args(&file, &out, &[]), "made by", &CancelToken::default()).unwrap().unwrap();
+    assert_eq!((tally.diverged, tally.remaining), (1, 0), "{tally:?}");
+    assert!(tally.ran >= 2, "{tally:?}");
+    let summary = std::fs::read_to_string(out.join("summary.json")).unwrap();
+    let summary: Value = serde_json::from_str(&summary).unwrap();
+    let rows = summary["rows"].as_array().unwrap();
+    let scores =
+        |name: &str| rows.iter().find(|row| row["cell"] == name).unwrap()["scores"].clone();
+    assert_eq!(scores("hopeless")["judge"]["mean"], Value::Null);
+    assert!(scores("later")["judge"]["mean"]["mean"].is_number());
+}

@@ -1,6 +1,8 @@
 //! The in-process engine on a small random checkpoint.
 
 mod common;
+#[path = "engine/serving.rs"]
+mod serving;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -40,7 +42,7 @@ fn method(name: &str, params: Value) -> Option<MethodRequest> {
     Some(MethodRequest::Full { name: name.into(), params })
 }
 
-fn run(engine: &Engine, request: &GenerateRequest) -> Generation {
+fn run(engine: &dyn Backend, request: &GenerateRequest) -> Generation {
     let planned = engine.plan(request).unwrap();
     engine.generate(&planned, &CancelToken::default(), &mut |_| {}).unwrap()
 }

@@ -203,3 +203,29 @@ fn the_floors_are_those_of_the_library() {
     let expected: Vec<&str> = FLOORS.concat();
     assert_eq!(listed, expected);
 }
+
+/// The image's build sees only what .dockerignore lets through.
+#[test]
+fn the_container_has_what_the_program_is_made_of() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let ignore = std::fs::read_to_string(root.join(".dockerignore")).unwrap();
+    let passed: Vec<&str> = ignore.lines().filter_map(|line| line.strip_prefix('!')).collect();
+    for path in &passed {
+        assert!(root.join(path).exists(), "{path} is not there");
+    }
+    let (mut missing, mut seen) = (Vec::new(), 0);
+    for source in sources() {
+        let text = std::fs::read_to_string(root.join("src").join(&source.path)).unwrap();
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        for file in code.split("\"../../").skip(1).map(|rest| rest.split('"').next().unwrap()) {
+            // Deeper files have some of these on the way out of src.
+            let file = file.trim_start_matches("../");
+            seen += 1;
+            if !passed.iter().any(|path| file.starts_with(&format!("{path}/"))) {
+                missing.push(format!("{}: {file}", source.path));
+            }
+        }
+    }
+    assert!(seen >= 7, "only {seen} files were found");
+    assert!(missing.is_empty(), "{missing:#?}");
+}

@@ -2,6 +2,12 @@
 
 #[path = "serve/compare.rs"]
 mod compare;
+#[path = "serve/deadlines.rs"]
+mod deadlines;
+#[path = "serve/disconnect.rs"]
+mod disconnect;
+#[path = "serve/export.rs"]
+mod export;
 #[path = "serve/fake.rs"]
 mod fake;
 #[path = "serve/harness.rs"]
@@ -12,15 +18,34 @@ mod jobs;
 mod keys;
 #[path = "serve/lifecycle.rs"]
 mod lifecycle;
+#[path = "serve/logs.rs"]
+mod logs;
+#[path = "serve/metrics.rs"]
+mod metrics;
+#[path = "serve/models.rs"]
+mod models;
 #[path = "serve/openai.rs"]
 mod openai;
+#[path = "serve/overload.rs"]
+mod overload;
+#[path = "serve/parsers.rs"]
+mod parsers;
 #[path = "serve/program.rs"]
 mod program;
+#[path = "serve/raw.rs"]
+mod raw;
+#[path = "serve/ready.rs"]
+mod ready;
+#[path = "serve/shutdown.rs"]
+mod shutdown;
+#[path = "serve/sites.rs"]
+mod sites;
+#[path = "serve/votes.rs"]
+mod votes;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use diffusion_sharpening::serve::Settings;
-use diffusion_sharpening::serve::metrics::METRICS;
 use diffusion_sharpening::serve::problem::Kind;
 use serde_json::{Value, json};
 
@@ -238,32 +263,6 @@ fn the_page_and_its_files_are_served_with_their_guards() {
 }
 
 #[test]
-fn metrics_follow_the_work() {
-    let server = server();
-    let before = server.metric("ds_units_total{unit=\"f\"}");
-    assert_eq!(before, 0.0, "warming up is not counted");
-    server.post(json!({"prompt": "a", "steps": 5, "method": "best-of-n"}));
-    server.post(json!({"prompt": "a", "steps": "x"}));
-    server.get("/a/path/that/is/not/there");
-    assert_eq!(server.metric("ds_units_total{unit=\"f\"}"), 40.0);
-    assert_eq!(server.metric("ds_units_total{unit=\"v\"}"), 4.0);
-    assert_eq!(server.metric("ds_units_total{unit=\"y\"}"), 4.0);
-    let done = "ds_generations_total{method=\"best-of-n\",outcome=\"completed\"}";
-    assert_eq!(server.metric(done), 1.0);
-    assert_eq!(server.metric("ds_generation_seconds_count{method=\"best-of-n\"}"), 1.0);
-    assert_eq!(server.metric("ds_http_requests_total{route=\"/generate\",status=\"200\"}"), 1.0);
-    assert_eq!(server.metric("ds_http_requests_total{route=\"/generate\",status=\"400\"}"), 1.0);
-    assert_eq!(server.metric("ds_http_requests_total{route=\"unmatched\",status=\"404\"}"), 1.0);
-    assert!(server.metric("ds_stage_seconds_total{stage=\"encode\"}") > 0.0);
-    assert!(server.metric("ds_seconds_per_f") >= 0.0);
-    assert_eq!(server.metric("ds_plan_error_f"), 0.0);
-    assert_eq!(server.metric("ds_ready"), 1.0);
-    assert_eq!(server.metric("ds_queue_depth"), 0.0);
-    let answer = server.get("/metrics");
-    assert!(answer.header("content-type").starts_with("text/plain; version=0.0.4"));
-}
-
-#[test]
 fn a_failing_backend_is_a_problem_without_internals_and_the_thread_lives() {
     let server = server();
     for prompt in ["panic now", "broken weights"] {
@@ -273,7 +272,7 @@ fn a_failing_backend_is_a_problem_without_internals_and_the_thread_lives() {
         assert!(!problem["detail"].as_str().unwrap().contains("/a/path"), "{problem}");
     }
     assert_eq!(server.post(json!({"prompt": "a", "steps": 1})).status, 200);
-    let failed = "ds_generations_total{method=\"plain\",outcome=\"failed\"}";
+    let failed = "ds_generations_total{method=\"plain\",model=\"tiny\",outcome=\"failed\"}";
     assert_eq!(server.metric(failed), 2.0);
 }
 
@@ -305,7 +304,7 @@ fn too_little_memory_is_a_problem_of_its_own_and_the_thread_lives() {
     }
     assert_eq!(server.post(json!({"prompt": "a", "steps": 1})).status, 200);
     assert_eq!(server.get("/readyz").status, 200);
-    let failed = "ds_generations_total{method=\"plain\",outcome=\"failed\"}";
+    let failed = "ds_generations_total{method=\"plain\",model=\"tiny\",outcome=\"failed\"}";
     assert_eq!(server.metric(failed), 3.0);
 }
 
@@ -342,6 +341,17 @@ fn the_openapi_document_is_that_of_the_program() {
         std::fs::write(path, &text).unwrap();
     }
     assert!(std::fs::read_to_string(path).unwrap() == text, "{path} is not up to date");
+    let operations = document["paths"].as_object().unwrap().values();
+    let mut ids: Vec<_> = operations
+        .flat_map(|item| item.as_object().unwrap().values())
+        .map(|operation| operation["operationId"].as_str().unwrap())
+        .collect();
+    let count = ids.len();
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), count, "an operation's id is its own");
+    let seed = &document["components"]["schemas"]["GenerateRequest"]["properties"]["seed"];
+    assert_eq!((&seed["format"], &seed["maximum"]), (&json!("uint64"), &json!(u64::MAX)));
     let manual = std::fs::read_to_string("docs/http.md").unwrap();
     let paths = document["paths"].as_object().unwrap();
     for (path, operations) in paths {
@@ -352,16 +362,40 @@ fn the_openapi_document_is_that_of_the_program() {
             described.push("HEAD".to_owned());
         }
         described.sort();
-        let concrete = path.replace("{id}", "a").replace("{name}", "a");
+        let concrete = path
+            .replace("{id}", "a")
+            .replace("{name}", "a")
+            .replace("{token}", "a")
+            .replace("{side}", "a");
         let refused = server.send("PATCH", &concrete, &[], &Value::Null);
-        assert_eq!(refused.problem(405).0, "method-not-allowed", "{path}");
+        if path.starts_with("/v1/") {
+            assert_eq!(refused.json()["error"]["code"], "method_not_allowed", "{path}");
+        } else {
+            assert_eq!(refused.problem(405).0, "method-not-allowed", "{path}");
+        }
         let mut taken: Vec<_> = refused.header("allow").split(", ").map(str::to_owned).collect();
         taken.sort();
         assert_eq!(described, taken, "{path}");
-        let named = path.replace("{name}", "{sha256}.{format}");
+        let named = path.replace("/images/{name}", "/images/{sha256}.{format}");
         assert!(manual.contains(&named), "docs/http.md does not name {named}");
     }
     assert!(paths.len() >= 17);
+    // What is only described has the fields of what is read.
+    let fields = |name: &str| -> std::collections::BTreeSet<String> {
+        let properties = &document["components"]["schemas"][name]["properties"];
+        properties.as_object().unwrap().keys().cloned().collect()
+    };
+    let shared = ["prompt", "negative_prompt", "seed", "n", "width", "height", "output_format"];
+    let mut arm = fields("GenerateRequest");
+    arm.retain(|field| !shared.contains(&field.as_str()));
+    arm.insert("label".to_owned());
+    assert_eq!(fields("ArmBody"), arm);
+    for field in fields("OpenAiBody") {
+        let body = json!({"prompt": "a", field.as_str(): [1]});
+        let refused = server.send("POST", "/v1/images/generations", &[], &body);
+        assert_ne!(refused.json()["error"]["message"].as_str().unwrap_or(""), "");
+        assert!(!refused.text().contains("unknown field"), "{field}: {}", refused.text());
+    }
 }
 
 #[test]
@@ -370,9 +404,6 @@ fn the_documentation_names_everything() {
     for kind in Kind::ALL {
         let row = format!("| `{}` | {} |", kind.slug(), kind.status());
         assert!(text.contains(&row), "docs/http.md has no row {row}");
-    }
-    for (name, _) in METRICS {
-        assert!(text.contains(&format!("`{name}")), "docs/http.md does not name {name}");
     }
     let settings = toml::to_string(&Settings::default()).unwrap();
     for line in settings.lines() {

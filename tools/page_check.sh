@@ -7,11 +7,12 @@
 # Without --url it starts ds-serve (DS_SERVE, default target/release/ds-serve)
 # on a free port with the models of DS_MODELS or models/. What is missing is
 # installed: Chromium and Node.js from the system's packages when root,
-# playwright-core from npm into a cache folder.
+# playwright-core and axe-core from npm into a cache folder.
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 version=1.56.1
+axe=4.14.1
 cache=${PAGE_CHECK_CACHE:-${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/diffusion-sharpening/page-check-$version}
 
 find_chromium() {
@@ -38,10 +39,10 @@ if [ -n "$need" ]; then
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $need >/dev/null
 fi
 
-if [ ! -d "$cache/node_modules/playwright-core" ]; then
+if [ ! -d "$cache/node_modules/playwright-core" ] || [ ! -d "$cache/node_modules/axe-core" ]; then
   mkdir -p "$cache"
   npm install --silent --no-audit --no-fund --ignore-scripts --prefix "$cache" \
-    "playwright-core@$version"
+    "playwright-core@$version" "axe-core@$axe"
 fi
 
 PLAYWRIGHT_DIR="$cache" CHROMIUM="$(find_chromium)" REPOSITORY="$here" \

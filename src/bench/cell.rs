@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::replay::Candidates;
-use crate::util::lock;
+use crate::util::{Locked, lock};
 use crate::{Error, Result};
 
 /// One image of a sweep: what was asked, what it cost and how it scored.
@@ -90,7 +90,7 @@ impl Cell {
 /// The cells file, open and locked for appending.
 #[derive(Debug)]
 pub struct CellStore {
-    file: File,
+    file: Locked,
     path: PathBuf,
 }
 
@@ -103,9 +103,8 @@ impl CellStore {
     /// the last is not a cell.
     pub fn open(path: &Path) -> Result<(Self, Vec<Cell>)> {
         let fail = |e: std::io::Error| Error::file(path, e);
-        let mut file =
-            File::options().read(true).append(true).create(true).open(path).map_err(fail)?;
-        lock(&file, path)?;
+        let file = File::options().read(true).append(true).create(true).open(path).map_err(fail)?;
+        let mut file = lock(file, path)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(fail)?;
         let (cells, whole) = parse(path, &bytes)?;

@@ -70,7 +70,7 @@ impl Args {
     pub fn backend(&self) -> Result<Box<dyn Backend>> {
         let options = self.options()?;
         match &options.url {
-            Some(url) => Ok(Box::new(RemoteBackend::connect(url)?)),
+            Some(url) => Ok(Box::new(RemoteBackend::from_env(url)?)),
             None => {
                 let placement = options.placement()?;
                 wiring::open_engine(&options.models.unwrap_or_else(|| "models".into()), &placement)

@@ -114,7 +114,8 @@ pub struct Layer {
     /// Adapter for every method that names none
     #[arg(long, env = "DS_BENCH_ADAPTER", value_name = "NAME")]
     pub adapter: Option<String>,
-    /// Use this server instead of the models here, such as http://127.0.0.1:8080
+    /// Use this server instead of the models here, such as http://127.0.0.1:8080; the variable
+    /// DS_API_KEY has the key for it, if it wants one
     #[arg(long, env = "DS_BENCH_URL", value_name = "URL")]
     pub url: Option<String>,
     /// Run best-of-n at the largest budget alone and derive the smaller ones from its candidates'

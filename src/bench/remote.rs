@@ -1,6 +1,7 @@
 //! A server as a backend: the sweep's requests over HTTP.
 
 use std::collections::BTreeMap;
+use std::env::VarError;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
@@ -8,6 +9,10 @@ use base64::Engine as _;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use ureq::http::header::{AUTHORIZATION, HeaderValue};
+use ureq::http::{Request, Response};
+use ureq::middleware::{Middleware, MiddlewareNext};
+use ureq::{Body, SendBody};
 
 use super::arm::PLAIN;
 use crate::diffusion::cost::{Budget, Units};
@@ -18,6 +23,8 @@ use crate::engine::request::{
 use crate::engine::{Backend, CancelToken, Planned, Progress};
 use crate::{Error, Result};
 
+/// The variable that has the key for a server with API keys.
+pub const KEY: &str = "DS_API_KEY";
 const CONNECT: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(100);
 /// Largest answer accepted, in bytes.
@@ -75,18 +82,50 @@ enum Attempt {
     Unreachable(String),
 }
 
+/// Adds the key to every request.
+struct Key(HeaderValue);
+
+impl Middleware for Key {
+    fn handle(
+        &self,
+        mut request: Request<SendBody<'_>>,
+        next: MiddlewareNext<'_>,
+    ) -> std::result::Result<Response<Body>, ureq::Error> {
+        request.headers_mut().insert(AUTHORIZATION, self.0.clone());
+        next.handle(request)
+    }
+}
+
 impl RemoteBackend {
-    /// Asks the server at `url` what it has.
+    /// Connects with the key that the environment has, if any: flags and files would show it
+    /// to others.
     ///
     /// # Errors
-    /// When it does not answer as expected.
-    pub fn connect(url: &str) -> Result<Self> {
+    /// See [`RemoteBackend::connect`].
+    pub fn from_env(url: &str) -> Result<Self> {
+        match std::env::var(KEY) {
+            Ok(key) => Self::connect(url, Some(&key)),
+            Err(VarError::NotPresent) => Self::connect(url, None),
+            Err(VarError::NotUnicode(_)) => Err(Error::invalid(KEY, "is not UTF-8")),
+        }
+    }
+
+    /// Asks the server at `url` what it has. Every request has the `key`.
+    ///
+    /// # Errors
+    /// When it does not answer as expected, or a header cannot have the key.
+    pub fn connect(url: &str, key: Option<&str>) -> Result<Self> {
         let base = url.trim_end_matches('/').to_owned();
-        let agent = ureq::Agent::config_builder()
+        let mut config = ureq::Agent::config_builder()
             .timeout_connect(Some(CONNECT))
-            .http_status_as_error(false)
-            .build()
-            .new_agent();
+            .http_status_as_error(false);
+        if let Some(key) = key {
+            let mut value = HeaderValue::try_from(format!("Bearer {key}"))
+                .map_err(|_| Error::invalid(KEY, "has characters that no key has"))?;
+            value.set_sensitive(true);
+            config = config.middleware(Key(value));
+        }
+        let agent = config.build().new_agent();
         let list = |what: &str| get(&agent, &base, what);
         let (models, methods, rewards) = (list("models")?, list("methods")?, list("rewards")?);
         Ok(Self {
@@ -213,6 +252,8 @@ impl Backend for RemoteBackend {
             budget,
             output_format: request.output_format.unwrap_or_default(),
             digests: request.digests.unwrap_or_default(),
+            previews: request.previews.unwrap_or_default(),
+            alone: request.alone.unwrap_or_default(),
         };
         // Exact comparison: 1 is the value that turns guidance off.
         #[allow(clippy::float_cmp)]
@@ -245,6 +286,7 @@ impl Backend for RemoteBackend {
                             spent: generation.cost.actual.units,
                             planned: generation.cost.planned,
                             event: None,
+                            preview: None,
                         });
                     }
                     return outcome;
@@ -262,8 +304,10 @@ fn get(agent: &ureq::Agent, base: &str, what: &str) -> Result<Value> {
     let fail = |message: String| Error::invalid("url", format!("{base}/{what}: {message}"));
     let mut response =
         agent.get(format!("{base}/{what}")).call().map_err(|e| fail(e.to_string()))?;
-    if response.status().as_u16() != 200 {
-        return Err(fail(format!("status {}", response.status())));
+    match response.status().as_u16() {
+        200 => {}
+        401 => return Err(fail(format!("the server wants a key: set {KEY} to one of its keys"))),
+        status => return Err(fail(format!("status {status}"))),
     }
     response.body_mut().read_json().map_err(|e| fail(e.to_string()))
 }
@@ -325,6 +369,9 @@ fn body(resolved: &Resolved) -> Result<Value> {
             .then_some(BudgetRequest::Full(resolved.budget)),
         output_format: Some(resolved.output_format),
         digests: resolved.digests.then_some(true),
+        previews: Some(resolved.previews).filter(|n| *n > 0),
+        alone: resolved.alone.then_some(true),
+        deadline_ms: None,
     };
     let mut body =
         serde_json::to_value(request).map_err(|e| Error::invalid("request", e.to_string()))?;
@@ -354,6 +401,8 @@ impl Answer {
             cost: self.cost,
             resolved: self.resolved,
             model: self.model,
+            // Their pictures stay on the server; the trace has what else there is.
+            previews: Vec::new(),
             trace: self.trace,
         })
     }

@@ -28,7 +28,8 @@ pub struct Args {
     /// Folder with one checkpoint folder per model.
     #[arg(long, value_name = "DIR", default_value = "models")]
     pub models: PathBuf,
-    /// A ds-serve to ask instead of models in this process.
+    /// A ds-serve to ask instead of models in this process; the variable DS_API_KEY has the
+    /// key for it, if it wants one.
     #[arg(long, value_name = "URL", conflicts_with_all = ["device", "dtype"])]
     pub url: Option<String>,
     /// Where models run: auto, cpu or cuda:N.
@@ -115,7 +116,7 @@ pub fn run(args: &Args, cancel: &CancelToken) -> Result<bool> {
     let bundle =
         Bundle::read(std::io::BufReader::new(file)).map_err(|e| Error::file(&args.bundle, e))?;
     let backend: Box<dyn Backend> = match &args.url {
-        Some(url) => Box::new(RemoteBackend::connect(url)?),
+        Some(url) => Box::new(RemoteBackend::from_env(url)?),
         None => {
             let placement = Placement::new(args.device, args.dtype, NumberChoice::Auto)?;
             wiring::open_engine(&args.models, &placement)?

@@ -94,6 +94,10 @@ fn ablate(args: &ablation::Args) -> anyhow::Result<ExitCode> {
         eprintln!("{} runs are left; to continue: {command}", tally.remaining);
         return Ok(ExitCode::from(INTERRUPTED));
     }
+    if tally.diverged > 0 {
+        eprintln!("{} runs diverged, and are left out of the tables", tally.diverged);
+        return Ok(ExitCode::FAILURE);
+    }
     Ok(ExitCode::SUCCESS)
 }
 

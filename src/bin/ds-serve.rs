@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches, Parser};
 use diffusion_sharpening::engine::{Backend, Engine};
 use diffusion_sharpening::nn::device::Placement;
 use diffusion_sharpening::nn::threads;
-use diffusion_sharpening::serve::{self, Overrides, Settings, auth, config::LogFormat};
+use diffusion_sharpening::serve::config::{LogFormat, Origins};
+use diffusion_sharpening::serve::{self, Overrides, Settings, auth, health_check};
 use tracing_subscriber::EnvFilter;
 
 #[global_allocator]
@@ -27,27 +28,36 @@ struct Cli {
     /// TOML file with settings.
     #[arg(long, env = "DS_CONFIG", value_name = "FILE.toml")]
     config: Option<PathBuf>,
-    /// Print the settings in effect as TOML and exit.
+    /// Print the settings in effect as TOML, each with where its value comes from, and exit.
     #[arg(long)]
     print_config: bool,
     /// Print a new API key and the hash of it that goes into the file of --keys, and exit.
     #[arg(long)]
     make_key: bool,
+    /// Ask a running server how it is, such as http://127.0.0.1:8080/startupz, and exit: with
+    /// status 0 when it answers 200.
+    #[arg(long, value_name = "URL")]
+    health_check: Option<String>,
     #[command(flatten)]
     settings: Overrides,
 }
 
 fn main() -> anyhow::Result<()> {
-    let cli = Cli::parse();
+    let arguments = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&arguments).unwrap_or_else(|error| error.exit());
     if cli.make_key {
         let (key, hash) = auth::make_key()?;
         writeln!(std::io::stdout(), "key:    {key}\nsha256: {hash}")?;
         return Ok(());
     }
+    if let Some(url) = &cli.health_check {
+        return Ok(health_check(url)?);
+    }
     let settings = Settings::resolve(cli.config.as_deref(), cli.settings)?;
     let mut out = std::io::stdout();
     if cli.print_config {
-        out.write_all(settings.to_toml()?.as_bytes())?;
+        let origins = Origins::of(cli.config.as_deref(), &arguments)?;
+        out.write_all(settings.to_toml_with(&origins)?.as_bytes())?;
         return Ok(());
     }
     start_log(&settings)?;

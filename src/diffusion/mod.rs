@@ -10,6 +10,7 @@ pub mod gmm;
 pub mod grid;
 pub mod guidance;
 pub mod heun;
+pub mod joining;
 pub mod meter;
 pub mod noise;
 pub mod packed;

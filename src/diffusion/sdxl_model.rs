@@ -41,6 +41,11 @@ impl SdxlModel {
         Self { unet: Arc::new(unet), texts: Arc::default(), ..self.clone() }
     }
 
+    /// The same model, which keeps what it makes of texts for as long as it lives itself.
+    pub fn with_own_texts(&self) -> Self {
+        Self { texts: Arc::default(), ..self.clone() }
+    }
+
     /// The same model, decoding within other bounds.
     pub fn with_bounds(&self, bounds: Bounds) -> Self {
         Self { bounds, ..self.clone() }

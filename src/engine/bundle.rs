@@ -6,17 +6,19 @@ use std::io::{Read, Write};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
-use super::request::{GenerateRequest, ModelRef, Resolved};
+use super::request::{GenerateRequest, ImageFormat, ModelRef, Resolved};
+use crate::util::sha256;
 use crate::{Error, Result};
 
 /// Of the layout of the archive.
 const FORMAT: u32 = 1;
 const MANIFEST: &str = "bundle.json";
 const ANSWER: &str = "answer.json";
+const IMAGES: &str = "images/";
+const PREVIEWS: &str = "previews/";
 /// What reading refuses to exceed: files, bytes of one,
-const MOST_FILES: usize = 64;
+const MOST_FILES: usize = 1100;
 const MOST_BYTES: u64 = 256 << 20;
 /// and bytes in all.
 const MOST_IN_ALL: u64 = 1 << 30;
@@ -46,6 +48,8 @@ pub struct Bundle {
     pub answer: Value,
     /// Image files in order.
     pub images: Vec<Vec<u8>>,
+    /// PNG files of previews, in the order of the answer's trace.
+    pub previews: Vec<Vec<u8>>,
 }
 
 /// What a bundle is made of, before its hashes.
@@ -58,10 +62,7 @@ pub struct Contents {
     pub environment: BTreeMap<String, String>,
     pub answer: Value,
     pub images: Vec<Vec<u8>>,
-}
-
-fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    pub previews: Vec<Vec<u8>>,
 }
 
 fn broken(message: impl std::fmt::Display) -> Error {
@@ -72,12 +73,12 @@ impl Bundle {
     /// # Errors
     /// The answer does not name its model.
     pub fn new(contents: Contents) -> Result<Self> {
-        let Contents { id, created_ms, request, resolved, environment, answer, images } = contents;
+        let Contents { id, created_ms, request, resolved, environment, answer, images, previews } =
+            contents;
         let model = ModelRef::deserialize(&answer["model"]).map_err(broken)?;
-        let format = resolved.output_format.name();
         let mut files = BTreeMap::from([(ANSWER.to_owned(), sha256(&text(&answer)?))]);
-        for (index, bytes) in images.iter().enumerate() {
-            files.insert(format!("images/{index}.{format}"), sha256(bytes));
+        for (name, bytes) in pictures(resolved.output_format, &images, &previews) {
+            files.insert(name, sha256(bytes));
         }
         let manifest = Manifest {
             format: FORMAT,
@@ -89,7 +90,7 @@ impl Bundle {
             environment,
             files,
         };
-        Ok(Self { manifest, answer, images })
+        Ok(Self { manifest, answer, images, previews })
     }
 
     /// Writes the archive.
@@ -108,9 +109,9 @@ impl Bundle {
         };
         add(MANIFEST, &serde_json::to_vec_pretty(&self.manifest).map_err(broken)?)?;
         add(ANSWER, &text(&self.answer)?)?;
-        let format = self.manifest.resolved.output_format.name();
-        for (index, bytes) in self.images.iter().enumerate() {
-            add(&format!("images/{index}.{format}"), bytes)?;
+        let format = self.manifest.resolved.output_format;
+        for (name, bytes) in pictures(format, &self.images, &self.previews) {
+            add(&name, bytes)?;
         }
         archive.into_inner().and_then(|mut into| into.flush()).map_err(broken)
     }
@@ -164,16 +165,37 @@ impl Bundle {
         };
         let answer = serde_json::from_slice(&checked(ANSWER)?)
             .map_err(|e| broken(format!("{ANSWER}: {e}")))?;
-        let format = manifest.resolved.output_format.name();
-        let count = manifest.files.len().saturating_sub(1);
-        let images = (0..count)
-            .map(|index| checked(&format!("images/{index}.{format}")))
-            .collect::<Result<_>>()?;
+        let mut all = |folder: &str, format| {
+            let listed = manifest.files.keys().filter(|name| name.starts_with(folder)).count();
+            (0..listed).map(|i| checked(&picture(folder, i, format))).collect::<Result<Vec<_>>>()
+        };
+        let images = all(IMAGES, manifest.resolved.output_format)?;
+        let previews = all(PREVIEWS, ImageFormat::Png)?;
+        if manifest.files.len() != 1 + images.len() + previews.len() {
+            return Err(broken(format!("{MANIFEST} lists what does not belong to one")));
+        }
         if let Some(name) = files.keys().next() {
             return Err(broken(format!("{MANIFEST} does not list {name}")));
         }
-        Ok(Self { manifest, answer, images })
+        Ok(Self { manifest, answer, images, previews })
     }
+}
+
+/// Names and bytes of all pictures. Previews are PNG, whatever the images are.
+fn pictures<'a>(
+    format: ImageFormat,
+    images: &'a [Vec<u8>],
+    previews: &'a [Vec<u8>],
+) -> impl Iterator<Item = (String, &'a [u8])> {
+    let all = [(IMAGES, format, images), (PREVIEWS, ImageFormat::Png, previews)];
+    all.into_iter().flat_map(|(folder, format, files)| {
+        let each = files.iter().enumerate();
+        each.map(move |(index, bytes)| (picture(folder, index, format), bytes.as_slice()))
+    })
+}
+
+fn picture(folder: &str, index: usize, format: ImageFormat) -> String {
+    format!("{folder}{index}.{}", format.name())
 }
 
 fn text(answer: &Value) -> Result<Vec<u8>> {
@@ -182,12 +204,13 @@ fn text(answer: &Value) -> Result<Vec<u8>> {
 
 /// Names that files of a bundle may have.
 fn known(name: &str) -> bool {
-    let image = |name: &str| {
-        let (number, format) = name.strip_prefix("images/")?.split_once('.')?;
+    let picture = |folder: &str, formats: &[&str]| {
+        let (number, format) = name.strip_prefix(folder)?.split_once('.')?;
         let digits = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
-        (digits && matches!(format, "png" | "jpeg" | "webp")).then_some(())
+        (digits && formats.contains(&format)).then_some(())
     };
-    name == MANIFEST || name == ANSWER || image(name).is_some()
+    let image = || picture(IMAGES, &["png", "jpeg", "webp"]);
+    name == MANIFEST || name == ANSWER || image().or_else(|| picture(PREVIEWS, &["png"])).is_some()
 }
 
 #[cfg(test)]
@@ -210,6 +233,7 @@ mod tests {
             environment: BTreeMap::from([("program".to_owned(), "test".to_owned())]),
             answer: serde_json::json!({"model": {"id": "tiny", "sha256": "ab"}, "trace": []}),
             images: vec![b"first".to_vec(), b"second".to_vec()],
+            previews: vec![b"early".to_vec()],
         })
         .unwrap()
     }
@@ -254,6 +278,9 @@ mod tests {
         other.images.pop();
         refused(&bytes(&other), "images/1.png is missing");
         let mut other = bundle();
+        other.previews[0] = b"late".to_vec();
+        refused(&bytes(&other), "previews/0.png has not the hash");
+        let mut other = bundle();
         other.manifest.format = 9;
         refused(&bytes(&other), "format 9");
         let mut other = bundle();
@@ -267,16 +294,21 @@ mod tests {
     fn strange_archives_are_refused() {
         refused(b"", "bundle.json is missing");
         refused(&[7; 4096], "");
-        for name in
-            ["../bundle.json", "/etc/passwd", "images/../a.png", "images/a.png", "images/0.exe"]
-        {
+        for name in [
+            "../bundle.json",
+            "/etc/passwd",
+            "images/../a.png",
+            "images/a.png",
+            "images/0.exe",
+            "previews/0.jpeg",
+        ] {
             refused(&archive(&[(name, b"x")]), "does not belong");
         }
         refused(&archive(&[("answer.json", b"{}"), ("answer.json", b"{}")]), "twice");
         refused(&archive(&[("bundle.json", b"{}")]), "bundle.json: ");
-        let many: Vec<String> = (0..70).map(|i| format!("images/{i}.png")).collect();
+        let many: Vec<String> = (0..1101).map(|i| format!("images/{i}.png")).collect();
         let many: Vec<(&str, &[u8])> = many.iter().map(|name| (name.as_str(), &b""[..])).collect();
-        refused(&archive(&many), "more than 64 files");
+        refused(&archive(&many), "more than 1100 files");
         let mut link = tar::Builder::new(Vec::new());
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(tar::EntryType::Symlink);

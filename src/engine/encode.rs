@@ -72,6 +72,26 @@ pub fn encode(
     Ok(bytes.into_inner())
 }
 
+/// Most pixels a side of a preview that is sent or kept.
+const PREVIEW_PIXELS: u32 = 256;
+
+/// A PNG file of a preview, made smaller where it is large.
+///
+/// # Errors
+/// The encoder's.
+pub fn encode_preview(pixels: &RgbImage) -> Result<Vec<u8>, ImageError> {
+    let (width, height) = pixels.dimensions();
+    let mut bytes = Cursor::new(Vec::new());
+    if width.max(height) <= PREVIEW_PIXELS {
+        pixels.write_to(&mut bytes, image::ImageFormat::Png)?;
+    } else {
+        let whole = image::DynamicImage::ImageRgb8(pixels.clone());
+        let small = whole.thumbnail(PREVIEW_PIXELS, PREVIEW_PIXELS);
+        small.write_to(&mut bytes, image::ImageFormat::Png)?;
+    }
+    Ok(bytes.into_inner())
+}
+
 fn write_png(
     pixels: &RgbImage,
     parameters: &str,

@@ -2,16 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 
 use candle_core::Device;
 use serde_json::{Value, json};
 
 use super::memory;
 use super::model::Model;
-use super::request::{CostReport, GenerateRequest, GeneratedImage, Generation, Listing, ModelInfo};
+use super::previews::{Previewer, Watched};
+use super::registry::Registry;
+use super::request::{
+    CostReport, GenerateRequest, GeneratedImage, Generation, Listing, ModelInfo, Preview,
+};
 use super::resolve::{Resolution, request_of, resolve};
-use super::{Backend, Planned, Progress};
+use super::{Backend, Planned, Progress, TryOut};
+use crate::Result;
 use crate::data::scenes::{Caption, judge::judge};
 use crate::diffusion::cost::Cost;
 use crate::diffusion::denoiser::{Conditioning, Denoiser, NoiseModel, TextCond};
@@ -25,15 +29,12 @@ use crate::diffusion::sparing::{RowLimit, SparingDecoder, SparingDenoiser};
 use crate::nn::device::Placement;
 use crate::nn::device_memory::DeviceMemory;
 use crate::rewards::MeteredVerifier;
-use crate::sdxl::ModelFolder;
 use crate::search::{self, Outcome, SearchEnv, SearchEvent};
 use crate::util::CancelToken;
-use crate::{Error, Result};
 
-/// Every model of a folder, on one device.
+/// The models of a folder, on one device.
 pub struct Engine {
-    models: Vec<Arc<Model>>,
-    listed: Vec<ModelInfo>,
+    registry: Registry,
     /// Bytes, where it is not what the device has.
     memory: Option<u64>,
 }
@@ -45,38 +46,16 @@ impl Engine {
     /// # Errors
     /// When there is no checkpoint, or one is unusable.
     pub fn open(models: &Path, placement: &Placement) -> Result<Self> {
-        let mut found = Vec::new();
-        if ModelFolder::is_at(models) {
-            found.push(models.to_path_buf());
-        } else {
-            for entry in std::fs::read_dir(models).map_err(|e| Error::file(models, e))? {
-                let path = entry.map_err(|e| Error::file(models, e))?.path();
-                if ModelFolder::is_at(&path) {
-                    found.push(path);
-                }
-            }
-            found.sort();
-        }
-        if found.is_empty() {
-            let message = "no checkpoint here: expected folders with a model_index.json \
-                           (diffusers layout) or .safetensors files (Stability's layout)";
-            return Err(Error::file(models, message));
-        }
-        let mut opened = Vec::new();
-        for place in found {
-            let path = place.canonicalize().map_err(|e| Error::file(&place, e))?;
-            // The name as it was given: a file is often a link to one with another name.
-            let name = if place.is_file() { place.file_stem() } else { path.file_name() };
-            let id = name.map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned());
-            tracing::info!(model = %id, "loading");
-            if opened.iter().any(|m: &Arc<Model>| m.id == id) {
-                let message = format!("there is another checkpoint called '{id}' beside it");
-                return Err(Error::file(&place, message));
-            }
-            opened.push(Arc::new(Model::open(id, &place, placement)?));
-        }
-        let listed = opened.iter().map(|m| m.info()).collect();
-        Ok(Self { models: opened, listed, memory: None })
+        Self::open_some(models, placement, &[])
+    }
+
+    /// As [`Engine::open`], but opens only the checkpoints `ids` of the folder; the others can be
+    /// loaded later. All, when `ids` is empty.
+    ///
+    /// # Errors
+    /// As [`Engine::open`]; and when there is none of one of these ids.
+    pub fn open_some(models: &Path, placement: &Placement, ids: &[String]) -> Result<Self> {
+        Ok(Self { registry: Registry::open(models, placement, ids)?, memory: None })
     }
 
     /// Refuses requests that take more than `bytes` of memory, weights counted, instead of those
@@ -90,21 +69,34 @@ impl Engine {
         let all = || DeviceMemory::of(model.base().folder().device()).map(|m| m.total);
         resolve(model, request, self.memory.or_else(all))
     }
-
-    fn model(&self, id: Option<&str>) -> Result<&Arc<Model>> {
-        let Some(id) = id else {
-            return self.models.first().ok_or_else(|| Error::invalid("model", "none is loaded"));
-        };
-        let found = self.models.iter().find(|m| m.id == id);
-        found.ok_or_else(|| {
-            Error::unknown("model", "model", id, self.models.iter().map(|m| m.id.as_str()))
-        })
-    }
 }
 
 impl Backend for Engine {
     fn models(&self) -> Vec<ModelInfo> {
-        self.listed.clone()
+        self.registry.loaded().iter().map(|model| model.info()).collect()
+    }
+
+    fn unloaded(&self) -> Vec<String> {
+        self.registry.unloaded()
+    }
+
+    fn load(&self, id: &str, try_out: &mut TryOut<'_>) -> Result<ModelInfo> {
+        let model = self.registry.load(id, |registry, model| {
+            try_out(&Self { registry, memory: self.memory }, &model.info())
+        })?;
+        Ok(model.info())
+    }
+
+    fn unload(&self, id: &str) -> Result<()> {
+        self.registry.unload(id)
+    }
+
+    fn load_adapter(&self, model: &str, name: &str) -> Result<()> {
+        self.registry.get(Some(model))?.load_adapter(name)
+    }
+
+    fn unload_adapter(&self, model: &str, name: &str) -> Result<()> {
+        self.registry.get(Some(model))?.unload_adapter(name)
     }
 
     fn methods(&self) -> Vec<Listing> {
@@ -112,13 +104,18 @@ impl Backend for Engine {
     }
 
     fn rewards(&self) -> Vec<Listing> {
-        let all = self.models.iter().flat_map(|m| m.rewards.listings());
+        let models = self.registry.loaded();
+        let all = models.iter().flat_map(|m| m.rewards.listings());
         all.map(|l| (l.name.clone(), l)).collect::<BTreeMap<_, _>>().into_values().collect()
     }
 
+    fn memory(&self) -> Option<DeviceMemory> {
+        DeviceMemory::of(self.registry.loaded().first()?.base().folder().device())
+    }
+
     fn plan(&self, request: &GenerateRequest) -> Result<Planned> {
-        let model = self.model(request.model.as_deref())?;
-        Ok(self.resolve(model, request)?.planned)
+        let model = self.registry.get(request.model.as_deref())?;
+        Ok(self.resolve(&model, request)?.planned)
     }
 
     fn generate(
@@ -127,9 +124,9 @@ impl Backend for Engine {
         cancel: &CancelToken,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Generation> {
-        let model = self.model(Some(&planned.resolved.model))?;
-        let resolution = self.resolve(model, &request_of(&planned.resolved))?;
-        let mut run = Run::prepare(model, &resolution, cancel)?;
+        let model = self.registry.get(Some(&planned.resolved.model))?;
+        let resolution = self.resolve(&model, &request_of(&planned.resolved))?;
+        let mut run = Run::prepare(&model, &resolution, cancel)?;
         for index in 0..planned.resolved.n {
             run.image(index, progress)?;
         }
@@ -150,6 +147,7 @@ struct Run<'a> {
     images: Vec<GeneratedImage>,
     cost: Cost,
     trace: Vec<Value>,
+    previews: Vec<Preview>,
 }
 
 impl<'a> Run<'a> {
@@ -192,6 +190,7 @@ impl<'a> Run<'a> {
             images: Vec::new(),
             cost,
             trace: Vec::new(),
+            previews: Vec::new(),
         })
     }
 
@@ -202,14 +201,46 @@ impl<'a> Run<'a> {
         let meter = Meter::new(resolved.budget);
         let latent_shape = self.network.0.latent_shape(resolved.width, resolved.height)?;
         let micro_batch = self.micro_batch(latent_shape.1 * latent_shape.2)?;
-        let sparing = SparingDenoiser::new(&self.network, &self.unet_limit);
+        let adapter = resolved.adapter.as_deref();
+        let member = match resolved.alone {
+            true => None,
+            false => Some(self.model.member(adapter, latent_shape, micro_batch)?),
+        };
+        let network: &dyn Denoiser = match &member {
+            Some(member) => member,
+            None => &self.network,
+        };
+        let sparing = SparingDenoiser::new(network, &self.unet_limit);
         let digests = Digests::default();
         let recorded = Recorded::new(&sparing, &digests);
         let denoiser: &dyn Denoiser = if resolved.digests { &recorded } else { &sparing };
+        let f = self.resolution.plan.predicted.f;
+        let watched = Watched::new(denoiser, &self.model.schedule, f, resolved.previews);
+        let denoiser: &dyn Denoiser = if resolved.previews > 0 { &watched } else { denoiser };
         let decoder = SparingDecoder::new(&self.network.0, &self.vae_limit);
         let (planned, before) = (self.resolution.planned.cost, self.cost.units);
+        let previewer = Previewer {
+            watched: &watched,
+            decoder: MeteredDecoder::new(&decoder, &meter),
+            verifier: MeteredVerifier::new(&self.model.rewards, None, &meter)?,
+            prompt: &resolved.prompt,
+            image: index,
+            planned: f,
+        };
+        let (mut previews, mut failure) = (Vec::new(), None);
         let mut on_event = |event: SearchEvent| {
-            progress(Progress { spent: before + event.spent, planned, event: event.event });
+            let spent = before + event.spent;
+            progress(Progress { spent, planned, event: event.event, preview: None });
+            match previewer.take() {
+                Ok(taken) => {
+                    for preview in taken {
+                        let event = Some(preview.clone());
+                        progress(Progress { spent, planned, event: None, preview: event });
+                        previews.push(preview);
+                    }
+                }
+                Err(error) => failure = failure.take().or(Some(error)),
+            }
         };
         let mut env = SearchEnv {
             denoiser: MeteredDenoiser::new(denoiser, &meter),
@@ -232,8 +263,16 @@ impl<'a> Run<'a> {
         };
         let outcome =
             self.resolution.method.run(&self.resolution.plan, &mut env, &NoiseKey { seed })?;
+        on_event(SearchEvent { spent: meter.spent(), event: None });
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        self.previews.append(&mut previews);
         if resolved.digests {
             self.trace.push(json!({"image": index, "digests": digests.take()}));
+        }
+        if let Some(together) = member.map(|m| m.together()).filter(|t| t.joint > 0) {
+            self.trace.push(json!({"image": index, "together": together}));
         }
         let spent = meter.cost();
         self.cost.units += spent.units;
@@ -283,6 +322,7 @@ impl<'a> Run<'a> {
             resolved: self.resolution.planned.resolved.clone(),
             model: self.model.reference(),
             trace: self.trace,
+            previews: self.previews,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use candle_core::DType;
 
@@ -10,6 +10,7 @@ use super::request::{ModelInfo, ModelRef};
 use crate::data::scenes::Split;
 use crate::diffusion::config::SchedulerConfig;
 use crate::diffusion::guidance::Guided;
+use crate::diffusion::joining::{Junction, Member};
 use crate::diffusion::schedule::NoiseSchedule;
 use crate::diffusion::sdxl_model::SdxlModel;
 use crate::diffusion::solver::SolverKind;
@@ -29,6 +30,9 @@ const EXAMPLES: usize = 24;
 /// Memory plans that are kept.
 const PLANS: usize = 256;
 
+/// The adapter, and the channels, height and width of the latent.
+type Meeting = (Option<String>, (usize, usize, usize));
+
 /// A loaded checkpoint with everything that generation needs.
 pub struct Model {
     pub id: String,
@@ -38,9 +42,13 @@ pub struct Model {
     pub solver: SolverKind,
     pub rewards: RewardSet,
     base: SdxlModel,
-    adapters: Vec<(String, PathBuf)>,
+    /// Where their files are.
+    adapters: RwLock<Vec<(String, PathBuf)>>,
+    adapters_folder: PathBuf,
     /// Networks with an adapter in place; they share the base weights.
     adapted: Mutex<HashMap<String, SdxlModel>>,
+    /// Where requests under way meet that go in the same batches.
+    junctions: Mutex<HashMap<Meeting, Weak<Junction>>>,
     networks: Networks,
     /// The type in which they are stored.
     weights: DType,
@@ -69,29 +77,53 @@ impl Model {
             solver: scheduler.default_solver(),
             schedule: NoiseSchedule::new(&scheduler)?,
             rewards: registry::for_model(path)?,
-            adapters: adapter_files(&ModelFolder::adapters_of(path))?,
+            adapters: RwLock::new(adapter_files(&ModelFolder::adapters_of(path))?),
+            adapters_folder: ModelFolder::adapters_of(path),
             networks: folder.networks(),
             weights: placement.weights,
             base: SdxlModel::new(Arc::new(folder)),
             adapted: Mutex::default(),
+            junctions: Mutex::default(),
             plans: Mutex::default(),
         })
     }
 
-    /// The network, with the named adapter (loaded on first use) or without.
+    /// The network, with the named adapter (loaded on first use) or without. What it makes of texts goes
+    /// with it: no other request has the same encodings.
     ///
     /// # Errors
     /// `Error::Unknown` on `adapter`, or when its file does not fit.
     pub fn network(&self, adapter: Option<&str>) -> Result<Guided<SdxlModel>> {
-        let Some(name) = adapter else { return Ok(Guided(self.base.clone())) };
+        let Some(name) = adapter else { return Ok(Guided(self.base.with_own_texts())) };
         let path = self.adapter(name)?;
         let mut adapted = self.adapted.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(model) = adapted.get(name) {
-            return Ok(Guided(model.clone()));
+            return Ok(Guided(model.with_own_texts()));
         }
-        let model = self.base.with_adapter_file(path)?;
+        let model = self.base.with_adapter_file(&path)?;
         adapted.insert(name.to_owned(), model.clone());
         Ok(Guided(model))
+    }
+
+    /// A place in the batches of those who use the same adapter at the same size, of at most
+    /// `most_rows` rows.
+    ///
+    /// # Errors
+    /// As [`Model::network`].
+    pub fn member(
+        &self,
+        adapter: Option<&str>,
+        latent_shape: (usize, usize, usize),
+        most_rows: usize,
+    ) -> Result<Member> {
+        let network = self.network(adapter)?;
+        let mut junctions = self.junctions.lock().unwrap_or_else(PoisonError::into_inner);
+        junctions.retain(|_, junction| junction.strong_count() > 0);
+        let meeting = (adapter.map(str::to_owned), latent_shape);
+        let known = junctions.get(&meeting).and_then(Weak::upgrade);
+        let junction = known.unwrap_or_else(|| Junction::new(network));
+        junctions.insert(meeting, Arc::downgrade(&junction));
+        Ok(junction.member(most_rows))
     }
 
     /// What one image of this size takes; nothing for f64, which only checks gradients.
@@ -122,16 +154,45 @@ impl Model {
     ///
     /// # Errors
     /// `Error::Unknown` listing the adapters that are there.
-    pub fn adapter(&self, name: &str) -> Result<&Path> {
-        let found = self.adapters.iter().find(|(id, _)| id == name);
-        found.map(|(_, path)| path.as_path()).ok_or_else(|| {
-            Error::unknown(
-                "adapter",
-                "adapter",
-                name,
-                self.adapters.iter().map(|(id, _)| id.as_str()),
-            )
-        })
+    pub fn adapter(&self, name: &str) -> Result<PathBuf> {
+        let known = self.adapters.read().unwrap_or_else(PoisonError::into_inner);
+        find_adapter(&known, name).cloned()
+    }
+
+    /// Reads an adapter of the model's folder of adapters, or reads it anew.
+    ///
+    /// # Errors
+    /// `Error::Unknown` listing those that the folder has; or the file does not fit.
+    pub fn load_adapter(&self, name: &str) -> Result<()> {
+        let path = find_adapter(&adapter_files(&self.adapters_folder)?, name)?.clone();
+        let model = self.base.with_adapter_file(&path)?;
+        let mut known = self.adapters.write().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|(other, _)| other != name);
+        known.push((name.to_owned(), path));
+        known.sort();
+        self.forget_adapted(name).insert(name.to_owned(), model);
+        Ok(())
+    }
+
+    /// Takes an adapter away; who uses it now keeps it.
+    ///
+    /// # Errors
+    /// As [`Model::adapter`].
+    pub fn unload_adapter(&self, name: &str) -> Result<()> {
+        let mut known = self.adapters.write().unwrap_or_else(PoisonError::into_inner);
+        find_adapter(&known, name)?;
+        known.retain(|(other, _)| other != name);
+        drop(self.forget_adapted(name));
+        Ok(())
+    }
+
+    /// Who comes from now on does not meet those who use the old one.
+    fn forget_adapted(&self, name: &str) -> MutexGuard<'_, HashMap<String, SdxlModel>> {
+        let mut adapted = self.adapted.lock().unwrap_or_else(PoisonError::into_inner);
+        adapted.remove(name);
+        let mut junctions = self.junctions.lock().unwrap_or_else(PoisonError::into_inner);
+        junctions.retain(|(adapter, _), _| adapter.as_deref() != Some(name));
+        adapted
     }
 
     pub fn base(&self) -> &SdxlModel {
@@ -158,11 +219,21 @@ impl Model {
             default_height,
             default_steps: DEFAULT_STEPS,
             default_guidance_scale: DEFAULT_GUIDANCE,
-            adapters: self.adapters.iter().map(|(id, _)| id.clone()).collect(),
+            adapters: {
+                let known = self.adapters.read().unwrap_or_else(PoisonError::into_inner);
+                known.iter().map(|(id, _)| id.clone()).collect()
+            },
             unet_parameters: self.base.folder().unet_weights.parameters(),
+            dtype: self.weights.as_str().to_owned(),
             example_prompts,
         }
     }
+}
+
+fn find_adapter<'a>(known: &'a [(String, PathBuf)], name: &str) -> Result<&'a PathBuf> {
+    let found = known.iter().find(|(id, _)| id == name).map(|(_, path)| path);
+    let ids = known.iter().map(|(id, _)| id.as_str());
+    found.ok_or_else(|| Error::unknown("adapter", "adapter", name, ids))
 }
 
 /// `NAME.safetensors` in the model's adapters folder, by name.

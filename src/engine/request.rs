@@ -64,6 +64,18 @@ pub struct GenerateRequest {
     /// Whether the trace has digests of the network's predictions, to find where two runs part.
     #[serde(default)]
     pub digests: Option<bool>,
+    /// Estimates of each image on the way, each for a Y; at most 16, and fewer than evaluations.
+    #[serde(default)]
+    #[schema(maximum = 16)]
+    pub previews: Option<u32>,
+    /// Whether its predictions never go in one batch with those of other requests.
+    #[serde(default)]
+    pub alone: Option<bool>,
+    /// Milliseconds from its acceptance after which nobody wants the answer any more. The server
+    /// keeps it: it refuses what cannot be in time, and stops what is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 604_800_000)]
+    pub deadline_ms: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -130,6 +142,10 @@ pub struct Resolved {
     pub output_format: ImageFormat,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub digests: bool,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub previews: u32,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub alone: bool,
 }
 
 impl Resolved {
@@ -138,6 +154,28 @@ impl Resolved {
     pub fn method_name(&self) -> &str {
         self.method.get("name").and_then(Value::as_str).unwrap_or("other")
     }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
+/// An estimate of a clean image on the way to it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Preview {
+    #[serde(skip)]
+    pub image: u32,
+    /// U-Net forwards spent on the image when it was taken,
+    pub f: u64,
+    /// of those that are planned.
+    pub of: u64,
+    /// The timestep of the prediction.
+    pub t: f64,
+    /// Every reward that needs no call outside; `None` where scoring failed.
+    pub scores: BTreeMap<String, Option<f64>>,
+    #[serde(skip)]
+    pub pixels: image::RgbImage,
 }
 
 /// One finished image.
@@ -170,6 +208,8 @@ pub struct Generation {
     pub model: ModelRef,
     /// One entry per decision of the method, see each method.
     pub trace: Vec<Value>,
+    /// Where they were asked for, in the order in which they were taken.
+    pub previews: Vec<Preview>,
 }
 
 /// A model as listed to callers.
@@ -184,5 +224,8 @@ pub struct ModelInfo {
     pub adapters: Vec<String>,
     /// Parameters of the U-Net.
     pub unet_parameters: u64,
+    /// Of the U-Net's numbers: "f32", "bf16", "f16".
+    #[serde(default)]
+    pub dtype: String,
     pub example_prompts: Vec<String>,
 }

@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::Planned;
 use super::model::{DEFAULT_GUIDANCE, DEFAULT_STEPS, Model};
+use super::previews;
 use super::request::{BudgetRequest, GenerateRequest, MethodRequest, Resolved};
 use crate::diffusion::cost::{Budget, Units};
 use crate::diffusion::denoiser::NoiseModel;
@@ -84,7 +85,15 @@ pub fn resolve(
         search_calls,
         report_calls: all_calls - search_calls,
     };
-    let plan = method.plan(&params, &spec, &budget)?;
+    let previews = within("previews", request.previews, 0, 0..=previews::MOST)?;
+    let plan_with =
+        |previews| plan_with(previews, &budget, |left| method.plan(&params, &spec, left));
+    let mut plan = plan_with(previews)?;
+    let most = previews::most(plan.predicted.f, spec.forwards_per_eval);
+    let previews = previews.min(u32::try_from(most).unwrap_or(u32::MAX));
+    if request.previews.is_some_and(|asked| asked > previews) {
+        plan = plan_with(previews)?;
+    }
     let mut effective = Map::from_iter([("name".to_owned(), json!(plan.method))]);
     effective.extend(plan.params.clone());
     let resolved = Resolved {
@@ -105,9 +114,28 @@ pub fn resolve(
         budget,
         output_format: request.output_format.unwrap_or_default(),
         digests: request.digests.unwrap_or_default(),
+        previews,
+        alone: request.alone.unwrap_or_default(),
     };
-    let cost = (0..n).fold(Units::default(), |sum, _| sum + plan.predicted);
+    let each = Units { y: plan.predicted.y + u64::from(previews), ..plan.predicted };
+    let cost = (0..n).fold(Units::default(), |sum, _| sum + each);
     Ok(Resolution { planned: Planned { resolved, cost }, method, plan, solver })
+}
+
+/// A method's plan with what `budget` leaves it beside the decodes of `previews`.
+fn plan_with(
+    previews: u32,
+    budget: &Budget,
+    plan: impl FnOnce(&Budget) -> Result<Plan>,
+) -> Result<Plan> {
+    let previews = u64::from(previews);
+    let y = match budget.y {
+        Some(y) if y < previews => {
+            return Err(Error::Budget(format!("y: {previews} previews need as many, {y} allowed")));
+        }
+        y => y.map(|y| y - previews),
+    };
+    plan(&Budget { y, ..*budget })
 }
 
 /// Asks again for what was resolved before.
@@ -133,6 +161,9 @@ pub fn request_of(resolved: &Resolved) -> GenerateRequest {
         budget: Some(BudgetRequest::Full(resolved.budget)),
         output_format: Some(resolved.output_format),
         digests: resolved.digests.then_some(true),
+        previews: Some(resolved.previews).filter(|n| *n > 0),
+        alone: resolved.alone.then_some(true),
+        deadline_ms: None,
     }
 }
 

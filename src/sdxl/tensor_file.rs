@@ -157,12 +157,17 @@ impl TensorFile {
             let message = format!("a header of {length} bytes is no safetensors file's");
             return Err(Error::file(path, message));
         }
+        // Before memory is taken for it.
+        if length > bytes.saturating_sub(LENGTH_BYTES) {
+            return Err(Error::file(path, format!("ends within its header of {length} bytes")));
+        }
         let mut text = vec![0; length as usize];
         file.read_exact(&mut text).map_err(failed)?;
         let header: Metadata = serde_json::from_slice(&text).map_err(|e| Error::file(path, e))?;
         let start = LENGTH_BYTES + length;
-        let expected = start + header.data_len() as u64;
-        if bytes != expected {
+        let expected = start.checked_add(header.data_len() as u64);
+        if expected != Some(bytes) {
+            let expected = expected.unwrap_or(u64::MAX);
             let message = format!("has {bytes} bytes, its header says {expected}");
             return Err(Error::file(path, message));
         }

@@ -5,14 +5,15 @@ use std::time::Instant;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use serde::Serialize;
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use utoipa::ToSchema;
 
+use super::live::Live;
 use super::store::{Image, Name, Store};
 use crate::Error;
-use crate::engine::encode::{encode, parameters};
-use crate::engine::request::{CostReport, Generation, ImageFormat, ModelRef, Resolved};
+use crate::engine::encode::{encode, encode_preview, parameters};
+use crate::engine::request::{CostReport, Generation, ImageFormat, ModelRef, Preview, Resolved};
 
 /// A finished generation could not be written; the request is not at fault.
 #[derive(Debug, thiserror::Error)]
@@ -24,29 +25,29 @@ pub enum AnswerError {
 }
 
 /// A finished image.
-#[derive(Serialize, ToSchema)]
-struct AnswerImage {
+#[derive(Serialize, Deserialize, ToSchema)]
+pub struct AnswerImage {
     /// Base64; where images are wanted with the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     data: Option<String>,
     /// Where the history serves it; null where it could not be stored.
-    url: Option<String>,
+    pub url: Option<String>,
     format: ImageFormat,
-    seed: u64,
-    scores: BTreeMap<String, Option<f64>>,
+    pub seed: u64,
+    pub scores: BTreeMap<String, Option<f64>>,
 }
 
 /// The answer of a finished generation, and its image files.
-#[derive(Serialize, ToSchema)]
+#[derive(Serialize, Deserialize, ToSchema)]
 pub struct Answer {
     id: String,
-    images: Vec<AnswerImage>,
-    cost: CostReport,
-    resolved: Resolved,
-    model: ModelRef,
+    pub images: Vec<AnswerImage>,
+    pub cost: CostReport,
+    pub resolved: Resolved,
+    pub model: ModelRef,
     /// What the method decided.
     #[schema(value_type = Vec<Object>)]
-    trace: Vec<Value>,
+    pub trace: Vec<Value>,
     #[serde(skip)]
     files: Vec<Image>,
 }
@@ -56,7 +57,7 @@ impl Answer {
     /// the stage "encode".
     pub fn new(id: &str, generation: Generation) -> Result<Self, AnswerError> {
         let start = Instant::now();
-        let Generation { images, mut cost, resolved, model, trace } = generation;
+        let Generation { images, mut cost, resolved, model, mut trace, previews } = generation;
         let format = resolved.output_format;
         let (mut described, mut files) = (Vec::new(), Vec::new());
         for image in images {
@@ -68,6 +69,14 @@ impl Answer {
             let name = Name::of(&bytes, format);
             let url = Some(address(&name));
             described.push(AnswerImage { data: None, url, format, seed: image.seed, scores });
+            files.push(Image { name, bytes });
+        }
+        for preview in previews {
+            let bytes = encode_preview(&preview.pixels)?;
+            let name = Name::of(&bytes, ImageFormat::Png);
+            let mut described = serde_json::to_value(&preview)?;
+            described["url"] = address(&name).into();
+            trace.push(json!({ "image": preview.image, "preview": described }));
             files.push(Image { name, bytes });
         }
         *cost.actual.seconds.entry("encode".to_owned()).or_default() +=
@@ -84,52 +93,83 @@ impl Answer {
         for image in &mut self.images {
             image.url = None;
         }
+        for preview in self.trace.iter_mut().filter_map(|entry| entry.get_mut("preview")) {
+            preview["url"] = Value::Null;
+        }
     }
 
-    /// The JSON with images as addresses.
+    /// The JSON with images as addresses, and as bytes only where they were embedded.
     pub fn linked(&self) -> Result<String, AnswerError> {
         Ok(serde_json::to_string(self)?)
     }
 
-    /// The JSON with the bytes of the images.
-    pub fn inline(mut self) -> Result<Vec<u8>, AnswerError> {
+    /// Puts the bytes of the images into it.
+    pub fn embed(&mut self) {
         for (image, file) in self.images.iter_mut().zip(&self.files) {
             image.data = Some(STANDARD.encode(&file.bytes));
         }
+    }
+
+    /// The JSON with the bytes of the images.
+    pub fn inline(mut self) -> Result<Vec<u8>, AnswerError> {
+        self.embed();
         Ok(serde_json::to_vec(&self)?)
     }
 }
 
-/// Where an image is served.
+/// Tells watchers of a preview, with its bytes: it has no address before the end.
+pub fn push_preview(live: &Live, preview: &Preview) {
+    match (serde_json::to_value(preview), encode_preview(&preview.pixels)) {
+        (Ok(mut described), Ok(bytes)) => {
+            described["data"] = STANDARD.encode(bytes).into();
+            live.push("preview", &json!({ "image": preview.image, "preview": described }));
+        }
+        (Err(error), _) => tracing::warn!(%error, "a preview was not sent"),
+        (_, Err(error)) => tracing::warn!(%error, "a preview was not sent"),
+    }
+}
+
+/// Where images are served.
+const IMAGES: &str = "/images/";
+
 fn address(name: &Name) -> String {
-    format!("/images/{}", name.as_str())
+    format!("{IMAGES}{}", name.as_str())
 }
 
 fn broken() -> Error {
     Error::invalid("history", "an answer that this program did not write")
 }
 
-/// The bytes of the images that a stored answer names.
+/// The file that a part of a stored answer is about.
+fn named(part: &Value) -> crate::Result<Name> {
+    let url = part["url"].as_str().and_then(|url| url.strip_prefix(IMAGES));
+    url.and_then(Name::parse).ok_or_else(broken)
+}
+
+/// The image files of an answer that [`Answer::linked`] wrote.
 ///
 /// # Errors
-/// An image cannot be read, or the answer was not written by [`Answer::linked`].
-pub fn files(answer: &Value, store: &Store) -> crate::Result<Vec<Vec<u8>>> {
-    let images = answer["images"].as_array().ok_or_else(broken)?;
-    let read = |image: &Value| {
-        let url = image["url"].as_str().unwrap_or("");
-        let name = url.strip_prefix("/images/").and_then(Name::parse).ok_or_else(broken)?;
-        store.image(&name)?.ok_or_else(|| Error::file(url, "is not there any more"))
-    };
-    images.iter().map(read).collect()
+/// It did not.
+pub fn images(answer: &Value) -> crate::Result<Vec<Name>> {
+    answer["images"].as_array().ok_or_else(broken)?.iter().map(named).collect()
+}
+
+/// The files of its previews, in the order of its trace.
+///
+/// # Errors
+/// As [`images`].
+pub fn previews(answer: &Value) -> crate::Result<Vec<Name>> {
+    let trace = answer["trace"].as_array().ok_or_else(broken)?;
+    trace.iter().filter_map(|entry| entry.get("preview")).map(named).collect()
 }
 
 /// Puts the bytes of stored images into the JSON of an answer.
 ///
 /// # Errors
-/// As [`files`].
+/// As [`images`], and when an image cannot be read.
 pub fn with_bytes(linked: &str, store: &Store) -> crate::Result<Vec<u8>> {
     let mut answer: Value = serde_json::from_str(linked).map_err(|_| broken())?;
-    let files = files(&answer, store)?;
+    let files = store.images(&images(&answer)?)?;
     let images = answer["images"].as_array_mut().ok_or_else(broken)?;
     for (image, bytes) in images.iter_mut().zip(files) {
         let rest = image.as_object_mut().map(std::mem::take).ok_or_else(broken)?;

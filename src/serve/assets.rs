@@ -27,7 +27,7 @@ macro_rules! asset {
     };
 }
 
-pub const ASSETS: [Asset; 10] = [
+pub const ASSETS: [Asset; 15] = [
     asset!("/", "index.html", "text/html; charset=utf-8"),
     asset!("/api.js", "api.js", "text/javascript; charset=utf-8"),
     asset!("/app.js", "app.js", "text/javascript; charset=utf-8"),
@@ -35,6 +35,11 @@ pub const ASSETS: [Asset; 10] = [
     asset!("/docs", "docs.html", "text/html; charset=utf-8"),
     asset!("/docs.js", "docs.js", "text/javascript; charset=utf-8"),
     asset!("/history.js", "history.js", "text/javascript; charset=utf-8"),
+    asset!("/leaderboard.js", "leaderboard.js", "text/javascript; charset=utf-8"),
+    asset!("/quality.js", "quality.js", "text/javascript; charset=utf-8"),
+    asset!("/scrub.js", "scrub.js", "text/javascript; charset=utf-8"),
+    asset!("/vote.js", "vote.js", "text/javascript; charset=utf-8"),
+    asset!("/zoom.js", "zoom.js", "text/javascript; charset=utf-8"),
     asset!("/results.js", "results.js", "text/javascript; charset=utf-8"),
     asset!("/style.css", "style.css", "text/css; charset=utf-8"),
     asset!("/favicon.svg", "favicon.svg", "image/svg+xml"),

@@ -18,7 +18,9 @@ use crate::{Error, Result};
 pub enum Scope {
     /// To generate, and to see what the server has and what the key's holder made.
     Generate,
-    /// To see and stop what others made.
+    /// To vote on images of all.
+    Vote,
+    /// To see and stop what others made, and to load and unload models.
     Admin,
 }
 
@@ -57,13 +59,15 @@ pub struct Caller {
     pub name: String,
     /// It may see and stop what others made.
     pub admin: bool,
+    /// It may be shown what others made, not knowing whose it is.
+    pub votes_on_all: bool,
 }
 
 impl Caller {
     /// Somebody of whom nothing is known.
     #[must_use]
     pub fn nobody() -> Self {
-        Self { name: "unknown".to_owned(), admin: false }
+        Self { name: "unknown".to_owned(), admin: false, votes_on_all: false }
     }
 
     /// Whose generations it sees: its own, or all.
@@ -93,9 +97,11 @@ enum Need {
 fn need(method: &Method, pattern: Option<&str>, is_asset: impl Fn(&str) -> bool) -> Need {
     let reads = method == Method::GET || method == Method::HEAD;
     match pattern {
-        Some("/livez" | "/readyz" | "/openapi.json") => Need::Nothing,
+        Some("/livez" | "/readyz" | "/startupz" | "/openapi.json") => Need::Nothing,
         Some(path) if is_asset(path) => Need::Nothing,
         _ if reads => Need::Key,
+        Some("/ballots" | "/votes") => Need::Scope(&[Scope::Vote, Scope::Generate, Scope::Admin]),
+        Some(path) if path.starts_with("/models/") => Need::Scope(&[Scope::Admin]),
         _ if method == Method::DELETE => Need::Scope(&[Scope::Generate, Scope::Admin]),
         _ => Need::Scope(&[Scope::Generate]),
     }
@@ -172,8 +178,7 @@ fn unhex(text: &str) -> Option<[u8; 32]> {
 /// The system gives no random numbers.
 pub fn make_key() -> Result<(String, String)> {
     let mut random = [0; 32];
-    rand::TryRngCore::try_fill_bytes(&mut rand::rngs::OsRng, &mut random)
-        .map_err(|e| Error::invalid("random numbers", e.to_string()))?;
+    getrandom::fill(&mut random).map_err(|e| Error::invalid("random numbers", e.to_string()))?;
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let key = format!("ds_{}", hex(&random));
     let hash = hex(&Sha256::digest(key.as_bytes()));
@@ -192,12 +197,12 @@ pub fn check(
     let address =
         || request.peer_addr().map_or_else(|| "unknown".to_owned(), |peer| peer.ip().to_string());
     let Some(keys) = keys else {
-        return Ok(Caller { name: address(), admin: true });
+        return Ok(Caller { name: address(), admin: true, votes_on_all: true });
     };
     let need = need(request.method(), request.match_pattern().as_deref(), is_asset);
     let found = secret(request).and_then(|secret| keys.find(secret));
     match (need, found) {
-        (Need::Nothing, None) => Ok(Caller { name: address(), admin: false }),
+        (Need::Nothing, None) => Ok(Caller { name: address(), ..Caller::nobody() }),
         (_, None) => Err(Problem::new(
             Kind::Unauthorized,
             "send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`",
@@ -208,7 +213,9 @@ pub fn check(
             Err(Problem::new(Kind::Forbidden, detail))
         }
         (_, Some(key)) => {
-            Ok(Caller { name: key.id.clone(), admin: key.scopes.contains(&Scope::Admin) })
+            let has = |scope| key.scopes.contains(&scope);
+            let (admin, votes_on_all) = (has(Scope::Admin), has(Scope::Admin) || has(Scope::Vote));
+            Ok(Caller { name: key.id.clone(), admin, votes_on_all })
         }
     }
 }
@@ -274,7 +281,7 @@ mod tests {
     fn only_probes_and_the_page_are_for_everybody() {
         let asset = |path: &str| path == "/" || path == "/app.js";
         let of = |method: Method, pattern| need(&method, pattern, asset);
-        for pattern in ["/livez", "/readyz", "/openapi.json", "/", "/app.js"] {
+        for pattern in ["/livez", "/readyz", "/startupz", "/openapi.json", "/", "/app.js"] {
             assert_eq!(of(Method::GET, Some(pattern)), Need::Nothing);
         }
         for pattern in [None, Some("/metrics"), Some("/generations"), Some("/images/{name}")] {

@@ -7,8 +7,9 @@ use actix_web::http::header;
 use actix_web::{HttpRequest, web};
 use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
+use super::distinct::repeated;
 use super::problem::{Kind, Problem};
 use crate::diffusion::cost::Budget;
 use crate::engine::request::GenerateRequest;
@@ -79,11 +80,7 @@ fn check_headers(request: &HttpRequest) -> Result<(), Problem> {
 /// Decodes a generation request. The shape of the two free-form fields is
 /// checked first, because an untagged enum cannot say what is wrong with it.
 pub fn decode(bytes: &[u8]) -> Result<GenerateRequest, Problem> {
-    let value: Value = serde_json::from_slice(bytes)
-        .map_err(|e| Problem::new(Kind::MalformedJson, e.to_string()))?;
-    let Value::Object(object) = &value else {
-        return Err(Problem::new(Kind::InvalidBody, "the body must be a JSON object"));
-    };
+    let object = object(bytes)?;
     match object.get("method") {
         None | Some(Value::Null | Value::String(_)) => {}
         Some(Value::Object(method)) => match method.get("name") {
@@ -113,8 +110,24 @@ pub fn decode(bytes: &[u8]) -> Result<GenerateRequest, Problem> {
             return Err(wrong_type("budget", other, expected));
         }
     }
-    // From the bytes, not from the value: this sees fields that are given twice.
-    decode_bytes(bytes)
+    decode_at("", &mut serde_json::Deserializer::from_slice(bytes))
+}
+
+/// The fields of a body.
+pub fn object(bytes: &[u8]) -> Result<Map<String, Value>, Problem> {
+    let value: Value = serde_json::from_slice(bytes)
+        .map_err(|e| Problem::new(Kind::MalformedJson, e.to_string()))?;
+    distinct(bytes)?;
+    match value {
+        Value::Object(object) => Ok(object),
+        _ => Err(Problem::new(Kind::InvalidBody, "the body must be a JSON object")),
+    }
+}
+
+/// Maps would take the last of several fields of one name.
+fn distinct(bytes: &[u8]) -> Result<(), Problem> {
+    let twice = |field| Err(Problem::field(Kind::InvalidBody, field, "the field is given twice"));
+    repeated(bytes).map_or(Ok(()), twice)
 }
 
 /// Fields of a request that are text; others are JSON, where it can be read as such.
@@ -126,9 +139,11 @@ pub fn decode_query(query: &str) -> Result<GenerateRequest, Problem> {
     let pairs: Vec<(String, String)> = decode_pairs(query)?;
     let mut object = serde_json::Map::new();
     for (name, text) in pairs {
-        let value = match TEXTS.contains(&name.as_str()) {
-            true => Value::String(text),
-            false => serde_json::from_str(&text).unwrap_or(Value::String(text)),
+        let value = match name.as_str() {
+            // A method's name is text, its object JSON.
+            "method" if !text.trim_start().starts_with('{') => Value::String(text),
+            name if TEXTS.contains(&name) => Value::String(text),
+            _ => serde_json::from_str(&text).unwrap_or(Value::String(text)),
         };
         if object.insert(name.clone(), value).is_some() {
             return Err(Problem::field(Kind::InvalidQuery, name, "the field is given twice"));
@@ -137,15 +152,19 @@ pub fn decode_query(query: &str) -> Result<GenerateRequest, Problem> {
     decode(Value::Object(object).to_string().as_bytes())
 }
 
-/// Decodes a query's pairs.
+/// Decodes a query's pairs; problems name the field.
 pub fn decode_pairs<T: DeserializeOwned>(query: &str) -> Result<T, Problem> {
-    web::Query::<T>::from_query(query)
-        .map(web::Query::into_inner)
-        .map_err(|e| Problem::new(Kind::InvalidQuery, format!("the query: {e}")))
+    let pairs = serde_urlencoded::Deserializer::new(form_urlencoded::parse(query.as_bytes()));
+    serde_path_to_error::deserialize(pairs).map_err(|error| {
+        let path = error.path().to_string();
+        let path = if path == "." { "" } else { path.as_str() };
+        Problem { kind: Kind::InvalidQuery, ..explain(path, &error.into_inner().to_string()) }
+    })
 }
 
 /// Decodes a body; problems name the field.
 pub fn decode_bytes<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
+    distinct(bytes)?;
     decode_at("", &mut serde_json::Deserializer::from_slice(bytes))
 }
 
@@ -203,7 +222,7 @@ fn required(field: impl Into<String>) -> Problem {
     Problem::field(Kind::InvalidBody, field, "the field is required")
 }
 
-fn wrong_type(field: &str, found: &Value, expected: &str) -> Problem {
+pub fn wrong_type(field: &str, found: &Value, expected: &str) -> Problem {
     let found = match found {
         Value::Null => "null".to_owned(),
         Value::Bool(b) => format!("boolean `{b}`"),
@@ -247,6 +266,8 @@ mod tests {
         names(r#"{"prompt":"a","prmpt":"b"}"#, 400, "prmpt", "unknown field, expected one of");
         names(r#"{"steps":3}"#, 400, "prompt", "required");
         names(r#"{"prompt":"a","prompt":"b"}"#, 400, "prompt", "twice");
+        let params = r#"{"prompt":"a","method":{"name":"x","k":1,"k":2}}"#;
+        names(params, 400, "method.k", "twice");
         names(r#"{"prompt":null}"#, 400, "prompt", "expected a string");
         names(r#"{"prompt":"a","method":3}"#, 400, "method", "number `3`");
         names(r#"{"prompt":"a","method":["plain"]}"#, 400, "method", "an array");

@@ -5,13 +5,14 @@ use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
 use super::body;
+use super::deadline;
 use super::limits;
 use super::problem::{Kind, Problem};
 use super::server::Shared;
 use crate::Error;
 use crate::diffusion::cost::Units;
 use crate::engine::latency::Rates;
-use crate::engine::request::{BudgetRequest, GenerateRequest};
+use crate::engine::request::{BudgetRequest, GenerateRequest, MethodRequest};
 use crate::engine::{Backend, Planned};
 
 /// Arms of a comparison, at most.
@@ -25,13 +26,40 @@ const SHARED: [&str; 7] =
 #[serde(deny_unknown_fields)]
 pub struct CompareRequest {
     /// Fields of a generation request; those of an arm win.
-    #[schema(value_type = Object)]
+    #[schema(value_type = GenerateRequest)]
     pub base: Map<String, Value>,
     /// What each arm has besides, and its `label`.
-    #[schema(value_type = Vec<Object>, min_items = 1, max_items = 16)]
+    #[schema(value_type = Vec<ArmBody>, min_items = 1, max_items = 16)]
     pub arms: Vec<Map<String, Value>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub contract: Option<Contract>,
+}
+
+/// What an arm may have: a generation request's fields but those that arms share.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "describes bodies")]
+#[serde(deny_unknown_fields)]
+pub struct ArmBody {
+    #[schema(min_length = 1, max_length = 64, pattern = r"\S")]
+    label: Option<String>,
+    model: Option<String>,
+    adapter: Option<String>,
+    method: Option<MethodRequest>,
+    #[schema(minimum = 1)]
+    steps: Option<u32>,
+    #[schema(minimum = 0, maximum = 100)]
+    guidance_scale: Option<f64>,
+    #[schema(minimum = 0, maximum = 1)]
+    guidance_rescale: Option<f64>,
+    solver: Option<String>,
+    reward: Option<String>,
+    budget: Option<BudgetRequest>,
+    digests: Option<bool>,
+    #[schema(minimum = 1)]
+    deadline_ms: Option<u64>,
+    #[schema(maximum = 16)]
+    previews: Option<u32>,
+    alone: Option<bool>,
 }
 
 /// What every arm may spend on an image.
@@ -68,7 +96,7 @@ pub struct Runnable {
     pub planned: Planned,
 }
 
-/// Plans every arm of a comparison; blocks. An arm that cannot meet the contract has no
+/// Plans every arm of a client's comparison; blocks. An arm that cannot meet the contract has no
 /// [`Runnable`], and says why.
 ///
 /// # Errors
@@ -76,6 +104,7 @@ pub struct Runnable {
 pub fn plan(
     shared: &Shared,
     backend: &dyn Backend,
+    client: &str,
     id: &str,
     asked: &CompareRequest,
 ) -> Result<Vec<(Arm, Option<Runnable>)>, Problem> {
@@ -83,18 +112,22 @@ pub fn plan(
         let message = format!("{} arms; 1 to {MOST_ARMS} can be compared", asked.arms.len());
         return Err(Problem::field(Kind::InvalidValue, "arms", message));
     }
-    let mut seed = None;
+    let (mut seed, mut before) = (None, 0.0);
     let mut arms = Vec::with_capacity(asked.arms.len());
     for (index, arm) in asked.arms.iter().enumerate() {
         let within = |problem: Problem| locate(problem, asked, index);
         let (label, mut request) = merge(asked, index, arm)?;
         limits::check_request(&request, &shared.settings).map_err(within)?;
         request.seed = request.seed.or(seed);
+        // Others' rows would be in its seconds.
+        request.alone = request.alone.or(Some(true));
         let contract = Planner { shared, backend, contract: asked.contract };
         let planned = contract.plan(&mut request);
         let (mut arm, runnable) = match planned {
             Ok((planned, rates)) => {
                 limits::check_plan(&planned, &shared.settings).map_err(within)?;
+                before +=
+                    deadline::check(shared, client, &request, &planned, before).map_err(within)?;
                 seed = Some(planned.resolved.seed);
                 request.seed = seed;
                 let arm = Arm {
@@ -205,8 +238,7 @@ fn merge(
 }
 
 /// What an arm is called that has no label.
-fn name_of(request: &GenerateRequest) -> String {
-    use crate::engine::request::MethodRequest;
+pub fn name_of(request: &GenerateRequest) -> String {
     let method = match &request.method {
         None => "plain",
         Some(MethodRequest::Name(name) | MethodRequest::Full { name, .. }) => name,

@@ -1,5 +1,8 @@
 //! Settings of the server: defaults < TOML file < environment < flags.
 
+mod list;
+mod origin;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -7,6 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::nn::device::{DeviceChoice, NumberChoice};
 use crate::{Error, Result};
+
+pub use list::List;
+pub use origin::Origins;
 
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -55,6 +61,18 @@ macro_rules! settings {
             )*
         }
 
+        /// Name and environment variable of every setting, in order.
+        pub const NAMES: &[(&str, &str)] = &[$((stringify!($name), $env),)*];
+
+        impl Overrides {
+            /// The names of the settings that it gives.
+            #[must_use]
+            pub fn given(&self) -> Vec<&'static str> {
+                let all = [$((stringify!($name), self.$name.is_some()),)*];
+                all.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect()
+            }
+        }
+
         impl Settings {
             /// The same settings with every value that `over` gives.
             #[must_use]
@@ -75,8 +93,22 @@ settings! {
         "Folder for history: accepted work, results and images; made where it is not [default: data]";
     keep: u64 = 10_000, "DS_KEEP", "N",
         "Finished generations that are kept; the oldest beyond are removed with their images [default: 10000]";
+    sweeps: PathBuf = PathBuf::from("docs/results"), "DS_SWEEPS", "DIR",
+        "Folder with sweeps of ds-bench to show; there need not be one [default: docs/results]";
+    votes_per_day: u64 = 500, "DS_VOTES_PER_DAY", "N",
+        "Votes of one voter that are counted in 24 hours [default: 500]";
     keys: PathBuf = PathBuf::new(), "DS_KEYS", "FILE",
         "TOML file with the hashes of API keys that requests need; none: everybody may do everything [default: ]";
+    hosts: List = List::default(), "DS_HOSTS", "NAMES",
+        "Host names under which it is served, with commas between them, besides loopback's; none: loopback's alone when it listens there, else any [default: []]";
+    cors_origins: List = List::default(), "DS_CORS_ORIGINS", "ORIGINS",
+        "Origins of other sites whose pages may use the API, such as https://a.example, with commas between them [default: []]";
+    max_connections: usize = 1024, "DS_MAX_CONNECTIONS", "N",
+        "Connections at the same time; more wait to be taken [default: 1024]";
+    keep_alive_seconds: u64 = 15, "DS_KEEP_ALIVE_SECONDS", "S",
+        "Seconds that a connection without a request stays open [default: 15]";
+    head_seconds: u64 = 5, "DS_HEAD_SECONDS", "S",
+        "Seconds in which the head of a request must arrive [default: 5]";
     device: DeviceChoice = DeviceChoice::Auto, "DS_DEVICE", "DEVICE",
         "Where models run: auto, cpu or cuda:N [default: auto]";
     dtype: NumberChoice = NumberChoice::Auto, "DS_DTYPE", "TYPE",
@@ -109,6 +141,8 @@ settings! {
         "Seconds in which a request body must arrive [default: 10]";
     drain_seconds: u64 = 30, "DS_DRAIN_SECONDS", "S",
         "Seconds to finish accepted work after SIGTERM or Ctrl-C [default: 30]";
+    stall_seconds: u64 = 600, "DS_STALL_SECONDS", "S",
+        "Seconds without a step of a running generation after which /readyz says 503 [default: 600]";
     warm_up_steps: u32 = 2, "DS_WARM_UP_STEPS", "N",
         "Steps of the image generated before the server is ready; 0 for none [default: 2]";
     log: String = "info,actix_server=warn".to_owned(), "DS_LOG", "FILTER",
@@ -144,6 +178,7 @@ impl Settings {
     fn check(&self) -> Result<()> {
         let at_least_one = [
             ("keep", self.keep),
+            ("votes_per_day", self.votes_per_day),
             ("workers", self.workers as u64),
             ("http_threads", self.http_threads as u64),
             ("queue_f", self.queue_f),
@@ -154,13 +189,17 @@ impl Settings {
             ("max_side", u64::from(self.max_side)),
             ("max_body_bytes", self.max_body_bytes as u64),
             ("body_seconds", self.body_seconds),
+            ("max_connections", self.max_connections as u64),
+            ("keep_alive_seconds", self.keep_alive_seconds),
+            ("head_seconds", self.head_seconds),
+            ("stall_seconds", self.stall_seconds),
         ];
         for (field, value) in at_least_one {
             if value == 0 {
                 return Err(Error::invalid(field, "must be at least 1"));
             }
         }
-        Ok(())
+        super::sites::check(&self.hosts, &self.cors_origins)
     }
 
     /// The settings as a TOML file that gives them back.

@@ -18,6 +18,17 @@ use super::problem::{Kind, Problem};
 use super::server::Shared;
 use super::store::{Record, State};
 
+/// One event.
+#[derive(utoipa::ToSchema)]
+#[allow(dead_code, reason = "describes answers")]
+pub struct EventBody {
+    /// A number that rises.
+    id: String,
+    event: String,
+    /// JSON.
+    data: String,
+}
+
 /// A comment line this often shows that the connection lives, and notices when it does not.
 const HEARTBEAT: Duration = Duration::from_millis(500);
 /// The id of the only event of a generation whose others are gone: the largest whole number that

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::auth::Caller;
+use super::deadline;
 use super::live::{End, Live, Phase, StoppedBy, Waiter};
+use super::metrics::Outcome;
 use super::problem::{Kind, Problem};
 use super::server::Shared;
 use super::store::{Comparison, New, Record, State};
@@ -74,6 +76,7 @@ fn admit(shared: &Shared, live: &Arc<Live>) -> Result<(), Problem> {
     let (new, durable) = (&live.new, live.durable);
     let (id, planned) = (new.id.as_str(), new.planned.cost);
     let accept = || {
+        deadline::check(shared, &new.client, &new.request, &new.planned, 0.0)?;
         if durable {
             shared.store.accept(new)?;
         }
@@ -99,10 +102,13 @@ pub fn submit_comparison(
     arms: Vec<New>,
 ) -> Result<Vec<Arc<Live>>, Problem> {
     let lives: Vec<_> = arms.iter().cloned().map(|new| Live::new(new, true)).collect();
-    for live in &lives {
+    let forwards: Vec<u64> = arms.iter().map(|new| new.planned.cost.f).collect();
+    let ahead = shared.queue.ahead_of_each(&comparison.client, &forwards);
+    for (live, ahead) in lives.iter().zip(ahead) {
         // Their ids are new with the comparison's.
         shared.lives.claim(live).map_err(|_| taken(&live.id))?;
-        live.push("queued", &json!({ "id": live.id }));
+        let planned = live.new.planned.cost;
+        live.push("queued", &json!({ "id": live.id, "planned": planned, "ahead": ahead }));
     }
     let accept = || {
         shared.store.accept_comparison(comparison, &arms)?;
@@ -123,14 +129,9 @@ pub fn submit_comparison(
 }
 
 /// Ends a generation that never began.
-fn end_unbegun(shared: &Shared, live: &Live, method: &str, problem: Problem) {
+fn end_unbegun(shared: &Shared, live: &Live, problem: Problem) {
     record_end(shared, live, &problem);
-    shared.metrics.generation(
-        method,
-        problem.state().name(),
-        0.0,
-        &std::collections::BTreeMap::new(),
-    );
+    shared.metrics.generation(&live.new.planned.resolved, Outcome::of(&problem));
     live.end(End::Problem(problem));
 }
 
@@ -157,12 +158,21 @@ pub fn leave(shared: &Shared, live: &Live) {
     live.stop(StoppedBy::Leaving);
     let phase = match shared.queue.take(&live.id) {
         Some(job) => {
-            end_unbegun(shared, live, job.live.new.planned.resolved.method_name(), cancelled());
+            end_unbegun(shared, &job.live, cancelled());
             Phase::Queued
         }
         None => Phase::Running,
     };
     shared.metrics.disconnected(phase);
+}
+
+/// Ends what waits in the queue when its deadline passes, until the server ends.
+pub fn keep_deadlines(shared: &Shared) {
+    while let Some(late) = shared.queue.overdue() {
+        for job in late {
+            end_unbegun(shared, &job.live, deadline::missed(&job.live));
+        }
+    }
 }
 
 /// A generation of this process that the caller may see.
@@ -193,7 +203,7 @@ pub fn cancel(shared: &Shared, caller: &Caller, id: &str) -> Result<Arc<Live>, P
     }
     live.stop(StoppedBy::Request);
     if let Some(job) = shared.queue.take(id) {
-        end_unbegun(shared, &live, job.live.new.planned.resolved.method_name(), cancelled());
+        end_unbegun(shared, &job.live, cancelled());
     }
     Ok(live)
 }
@@ -206,12 +216,17 @@ fn idle(shared: &Shared) -> Problem {
 
 /// Removes a finished generation from the history. Blocks.
 pub fn forget(shared: &Shared, caller: &Caller, id: &str) -> Result<(), Problem> {
+    let unfinished = || {
+        let detail = format!("{id} is unfinished; cancel it with DELETE /generations/{id}");
+        Err(Problem::new(Kind::Conflict, detail))
+    };
     if record(shared, caller, id)?.is_none() {
-        return Err(unknown(id));
+        // A synchronous one is recorded when it has ended.
+        let running = live(shared, caller, id).is_some_and(|live| live.ended().is_none());
+        return if running { unfinished() } else { Err(unknown(id)) };
     }
     if !shared.store.remove(id)? {
-        let detail = format!("{id} is unfinished; cancel it with DELETE /generations/{id}");
-        return Err(Problem::new(Kind::Conflict, detail));
+        return unfinished();
     }
     if let Some(live) = shared.lives.get(id).filter(|live| live.ended().is_some()) {
         shared.lives.release(&live);
@@ -224,17 +239,13 @@ pub fn unknown(id: &str) -> Problem {
     Problem::new(Kind::NotFound, format!("there is no generation {id}"))
 }
 
-/// Ends a generation whose thread was told to stop.
+/// Ends a generation whose thread was told to stop; work that the server's end stops is left to the next.
 pub fn stopped(shared: &Shared, live: &Live) {
-    if live.stopped_by() == Some(StoppedBy::Shutdown) {
-        return leave_to_the_next(shared, live);
+    // Whoever cancelled it before the server ended does not want it from the next one either.
+    if live.stopped_by() != Some(StoppedBy::Shutdown) {
+        record_end(shared, live, &cancelled());
+        return live.end(End::Problem(cancelled()));
     }
-    record_end(shared, live, &cancelled());
-    live.end(End::Problem(cancelled()));
-}
-
-/// What has begun and is not finished when the server ends.
-pub fn leave_to_the_next(shared: &Shared, live: &Live) {
     if live.durable
         && let Err(error) = shared.store.requeue(&live.id)
     {
@@ -282,9 +293,9 @@ pub fn resume(shared: &Shared, backend: &dyn Backend) -> crate::Result<()> {
         };
         match planned {
             Ok(planned) => {
-                let Record { id, created_ms, client, comparison, request, starts, .. } = record;
+                let Record { id, created_ms, client, comparison, request, .. } = record;
                 let new = New { id, created_ms, client, comparison, request, planned };
-                let live = Live::resumed(new, starts);
+                let live = Live::resumed(new);
                 if shared.lives.claim(&live).is_ok() {
                     shared.queue.restore(live);
                 }

@@ -1,6 +1,7 @@
 //! Checks of a request against the server's own limits, before it is planned.
 
 use super::Settings;
+use super::deadline::LONGEST;
 use super::problem::{Kind, Problem};
 use crate::engine::Planned;
 use crate::engine::request::GenerateRequest;
@@ -31,6 +32,11 @@ pub fn check_request(request: &GenerateRequest, settings: &Settings) -> Result<(
         {
             return Err(invalid(field, format!("{value} is outside 1..={most}")));
         }
+    }
+    if let Some(ms) = request.deadline_ms
+        && !(1..=LONGEST).contains(&ms)
+    {
+        return Err(invalid("deadline_ms", format!("{ms} is outside 1..={LONGEST}")));
     }
     if let (Some(seed), Some(n)) = (request.seed, request.n)
         && seed.checked_add(u64::from(n) - 1).is_none()

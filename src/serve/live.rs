@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::problem::Problem;
-use super::store::{New, State};
+use super::store::{New, State, now};
 use crate::diffusion::cost::Units;
 use crate::engine::CancelToken;
 
@@ -73,6 +73,9 @@ struct Inner {
     next: u64,
     waiters: usize,
     stopped_by: Option<StoppedBy>,
+    stopped_at: Option<Instant>,
+    /// When something was heard of it last.
+    heard: Instant,
     end: Option<(End, Instant)>,
 }
 
@@ -80,6 +83,7 @@ impl Inner {
     fn append(&mut self, name: &'static str, data: Arc<str>) {
         let id = self.next;
         self.next += 1;
+        self.heard = Instant::now();
         if self.events.len() == EVENTS {
             self.events.pop_front();
         }
@@ -107,18 +111,21 @@ impl Live {
         Self::counting_from(1, new, durable)
     }
 
-    /// One that earlier processes have begun with `starts` times.
+    /// One that an earlier process accepted. The ids of its events begin above those of every
+    /// process before this one, as fewer than a million are sent in a second.
     #[must_use]
-    pub fn resumed(new: New, starts: u32) -> Arc<Self> {
-        Self::counting_from(1 + (u64::from(starts + 1) << 32), new, true)
+    pub fn resumed(new: New) -> Arc<Self> {
+        let seconds = u64::try_from(now() / 1000).unwrap_or(0);
+        Self::counting_from(1 + (seconds << 20), new, true)
     }
 
     fn counting_from(next: u64, new: New, durable: bool) -> Arc<Self> {
+        let deadline = new.request.deadline_ms.and_then(|ms| new.instant_of(ms));
         Arc::new(Self {
             id: new.id.clone(),
             new,
             durable,
-            cancel: CancelToken::default(),
+            cancel: deadline.map_or_else(CancelToken::default, CancelToken::until),
             spent_f: AtomicU64::new(0),
             inner: Mutex::new(Inner {
                 state: State::Queued,
@@ -126,6 +133,8 @@ impl Live {
                 next,
                 waiters: 0,
                 stopped_by: None,
+                stopped_at: None,
+                heard: Instant::now(),
                 end: None,
             }),
             changed: watch::Sender::new(()),
@@ -145,7 +154,10 @@ impl Live {
 
     /// A thread begins with it.
     pub fn started(&self, queue_seconds: f64) {
-        self.inner().state = State::Running;
+        let mut inner = self.inner();
+        inner.state = State::Running;
+        inner.heard = Instant::now();
+        drop(inner);
         self.push("started", &json!({ "queue_seconds": queue_seconds }));
     }
 
@@ -196,13 +208,30 @@ impl Live {
 
     /// Asks its thread to stop; the first who asks is remembered.
     pub fn stop(&self, by: StoppedBy) {
-        self.inner().stopped_by.get_or_insert(by);
+        let mut inner = self.inner();
+        inner.stopped_by.get_or_insert(by);
+        inner.stopped_at.get_or_insert_with(Instant::now);
+        drop(inner);
         self.cancel.cancel();
     }
 
     #[must_use]
     pub fn stopped_by(&self) -> Option<StoppedBy> {
         self.inner().stopped_by
+    }
+
+    /// When its thread was told to stop: asked to, or by its deadline.
+    #[must_use]
+    pub fn told_at(&self) -> Option<Instant> {
+        let asked = self.inner().stopped_at;
+        asked.or(self.cancel.deadline())
+    }
+
+    /// How long nothing has been heard of it, while it runs.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        let inner = self.inner();
+        if inner.state == State::Running { inner.heard.elapsed() } else { Duration::ZERO }
     }
 
     #[must_use]

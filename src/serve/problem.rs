@@ -5,7 +5,7 @@ use std::fmt;
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpResponse, ResponseError};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::store::State;
@@ -25,22 +25,27 @@ pub enum Kind {
     BodyTimeout,
     Cancelled,
     Conflict,
+    Expired,
     BodyTooLarge,
     UnsupportedMediaType,
+    MisdirectedRequest,
     InvalidValue,
     UnknownName,
     Budget,
+    DeadlineInfeasible,
     InsufficientMemory,
     QueueFull,
+    VoteLimit,
     Internal,
     OutOfMemory,
     NotReady,
     Draining,
+    Deadline,
 }
 
 impl Kind {
     /// All of them, for documentation and tests.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 26] = [
         Self::MalformedJson,
         Self::InvalidBody,
         Self::InvalidQuery,
@@ -51,17 +56,22 @@ impl Kind {
         Self::BodyTimeout,
         Self::Cancelled,
         Self::Conflict,
+        Self::Expired,
         Self::BodyTooLarge,
         Self::UnsupportedMediaType,
+        Self::MisdirectedRequest,
         Self::InvalidValue,
         Self::UnknownName,
         Self::Budget,
+        Self::DeadlineInfeasible,
         Self::InsufficientMemory,
         Self::QueueFull,
+        Self::VoteLimit,
         Self::Internal,
         Self::OutOfMemory,
         Self::NotReady,
         Self::Draining,
+        Self::Deadline,
     ];
 
     fn parts(self) -> (u16, &'static str, &'static str) {
@@ -78,21 +88,30 @@ impl Kind {
             Self::BodyTimeout => (408, "body-timeout", "The body took too long to arrive"),
             Self::Cancelled => (409, "cancelled", "The generation was cancelled"),
             Self::Conflict => (409, "conflict", "The resource is in another state"),
+            Self::Expired => (410, "expired", "It is too late for this"),
             Self::BodyTooLarge => (413, "body-too-large", "The body is too large"),
             Self::UnsupportedMediaType => {
                 (415, "unsupported-media-type", "The body must be application/json")
             }
+            Self::MisdirectedRequest => {
+                (421, "misdirected-request", "The server is not reached under this name")
+            }
             Self::InvalidValue => (422, "invalid-value", "A value cannot be used"),
             Self::UnknownName => (422, "unknown-name", "Nothing is registered under this name"),
             Self::Budget => (422, "budget", "The work does not fit its budget"),
+            Self::DeadlineInfeasible => {
+                (422, "deadline-infeasible", "The work cannot be done in time")
+            }
             Self::InsufficientMemory => {
                 (422, "insufficient-memory", "The work does not fit the device's memory")
             }
             Self::QueueFull => (429, "queue-full", "The queue is full"),
+            Self::VoteLimit => (429, "vote-limit", "Enough votes for today"),
             Self::Internal => (500, "internal", "The server failed"),
             Self::OutOfMemory => (503, "out-of-memory", "The device has no memory left for now"),
             Self::NotReady => (503, "not-ready", "The server is not ready yet"),
             Self::Draining => (503, "draining", "The server is shutting down"),
+            Self::Deadline => (504, "deadline", "The work was not done in time"),
         }
     }
 
@@ -128,6 +147,8 @@ pub struct Problem {
     pub retry_after: Option<u64>,
     /// The methods that the resource does take.
     pub allow: Option<&'static str>,
+    /// Members of its own kind; most have none.
+    pub members: Option<Box<Map<String, Value>>>,
 }
 
 /// The answer's body, in the words of RFC 9457.
@@ -157,6 +178,7 @@ impl Problem {
             instance: None,
             retry_after: None,
             allow: None,
+            members: None,
         }
     }
 
@@ -166,6 +188,13 @@ impl Problem {
         let mut problem = Self::new(kind, format!("{field}: {message}"));
         problem.field = Some(field);
         problem
+    }
+
+    /// The same problem with one more member.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: Value) -> Self {
+        self.members.get_or_insert_default().insert(name.to_owned(), value);
+        self
     }
 
     /// The same problem with a field that is inside another one.
@@ -212,7 +241,11 @@ impl Problem {
             instance: self.instance.clone(),
         };
         // Strings and numbers only: this always serialises.
-        serde_json::to_value(&body).unwrap_or_default()
+        let mut body = serde_json::to_value(&body).unwrap_or_default();
+        if let (Some(object), Some(members)) = (body.as_object_mut(), &self.members) {
+            object.extend(members.iter().map(|(name, value)| (name.clone(), value.clone())));
+        }
+        body
     }
 
     /// The problem that [`Problem::to_json`] wrote, without what was of the moment.
@@ -255,9 +288,11 @@ impl From<Error> for Problem {
                 Kind::Draining,
                 "the server stopped before this work was finished; send it again later",
             ),
-            error @ (Error::File { .. } | Error::Weights(_) | Error::Tensor(_)) => {
-                Self::internal(error)
-            }
+            Error::Deadline => Self::new(Kind::Deadline, error.to_string()),
+            error @ (Error::File { .. }
+            | Error::Weights(_)
+            | Error::Tensor(_)
+            | Error::Diverged(_)) => Self::internal(error),
         }
     }
 }

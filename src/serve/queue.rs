@@ -11,6 +11,9 @@ use super::fair::Fair;
 use super::live::Live;
 use super::problem::{Kind, Problem};
 
+/// How long to wait for a change where nothing else ends the waiting.
+const LONG: Duration = Duration::from_secs(3600);
+
 /// One admitted request.
 pub struct Job {
     pub live: Arc<Live>,
@@ -53,6 +56,11 @@ impl State {
         self.waiting.iter().map(Job::planned_f).fold(self.running_f(), u64::saturating_add)
     }
 
+    /// Clients and planned forwards of what waits.
+    fn planned(&self) -> Vec<(&str, u64)> {
+        self.waiting.iter().map(|job| (job.live.new.client.as_str(), job.planned_f())).collect()
+    }
+
     fn take_next(&mut self) -> Option<Job> {
         let at = self.fair.next(self.waiting.iter().map(|job| job.live.new.client.as_str()))?;
         let job = self.waiting.remove(at)?;
@@ -71,6 +79,8 @@ pub struct Stats {
     pub seconds_per_f: Option<f64>,
     /// When the present backlog will be done, from measured speed.
     pub retry_after: u64,
+    /// No more is admitted until something is done.
+    pub full: bool,
 }
 
 /// What comes before a request.
@@ -111,9 +121,7 @@ impl Queue {
         }
         let backlog = state.backlog_f();
         let planned = lives.iter().map(|live| live.new.planned.cost.f).fold(0, u64::saturating_add);
-        // Work on its way to an idle thread does not count as waiting.
-        let places = self.max_waiting + self.workers;
-        let full = state.waiting.len() + state.running.len() + lives.len() > places;
+        let full = state.waiting.len() + state.running.len() + lives.len() > self.places();
         let heavy = backlog > 0 && backlog.saturating_add(planned) > self.max_f;
         if full || heavy {
             let stats = self.stats_of(&state);
@@ -134,6 +142,11 @@ impl Queue {
         drop(state);
         self.changed.notify_all();
         Ok(())
+    }
+
+    /// Work on its way to an idle thread does not count as waiting.
+    fn places(&self) -> usize {
+        self.max_waiting + self.workers
     }
 
     /// Takes up again what was admitted before this process began, whatever waits.
@@ -168,6 +181,28 @@ impl Queue {
         }
     }
 
+    /// Blocks until the deadlines of waiting jobs have passed, and takes these out; `None` when
+    /// the server ends.
+    pub fn overdue(&self) -> Option<Vec<Job>> {
+        let mut state = self.lock();
+        while !state.finished {
+            let now = Instant::now();
+            let late = |job: &Job| job.live.cancel.deadline().is_some_and(|at| at <= now);
+            if state.waiting.iter().any(late) {
+                let (late, rest): (Vec<_>, Vec<_>) = state.waiting.drain(..).partition(late);
+                state.waiting = rest.into();
+                drop(state);
+                self.changed.notify_all();
+                return Some(late);
+            }
+            let next = state.waiting.iter().filter_map(|job| job.live.cancel.deadline()).min();
+            let wait = next.map_or(LONG, |at| at.saturating_duration_since(now));
+            state =
+                self.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        None
+    }
+
     /// A worker is done with a job.
     pub fn finish(&self, id: &str) {
         self.lock().running.remove(id);
@@ -198,33 +233,33 @@ impl Queue {
     /// What comes before a waiting job; `None` when it does not wait.
     pub fn ahead(&self, id: &str) -> Option<Ahead> {
         let state = self.lock();
-        let waiting: Vec<(&str, u64)> = state
-            .waiting
-            .iter()
-            .map(|job| (job.live.new.client.as_str(), job.planned_f()))
-            .collect();
-        let order = state.fair.order(&waiting);
-        let position = order.iter().position(|&i| state.waiting[i].live.id == id)?;
-        let before = order[..position].iter().map(|&i| waiting[i].1);
-        Some(self.ahead_of(&state, position, before.fold(state.running_f(), u64::saturating_add)))
+        let index = state.waiting.iter().position(|job| job.live.id == id)?;
+        Some(self.ahead_among(&state, &state.planned(), index))
     }
 
     /// What would come before a request of `client` that plans `f` forwards.
     pub fn ahead_of_new(&self, client: &str, f: u64) -> Ahead {
         let state = self.lock();
-        let mut waiting: Vec<(&str, u64)> = state
-            .waiting
-            .iter()
-            .map(|job| (job.live.new.client.as_str(), job.planned_f()))
-            .collect();
-        waiting.push((client, f));
-        let order = state.fair.order(&waiting);
-        let position = order.iter().take_while(|&&i| i + 1 < waiting.len()).count();
-        let before = order[..position].iter().map(|&i| waiting[i].1);
-        self.ahead_of(&state, position, before.fold(state.running_f(), u64::saturating_add))
+        let (mut all, index) = (state.planned(), state.waiting.len());
+        all.push((client, f));
+        self.ahead_among(&state, &all, index)
     }
 
-    fn ahead_of(&self, state: &State, position: usize, f: u64) -> Ahead {
+    /// What would come before each of several requests of `client` that are admitted together: the
+    /// ones before it as well.
+    pub fn ahead_of_each(&self, client: &str, planned: &[u64]) -> Vec<Ahead> {
+        let state = self.lock();
+        let (mut all, first) = (state.planned(), state.waiting.len());
+        all.extend(planned.iter().map(|&f| (client, f)));
+        (first..all.len()).map(|index| self.ahead_among(&state, &all, index)).collect()
+    }
+
+    /// What comes before one of `all` that wait or would wait.
+    fn ahead_among(&self, state: &State, all: &[(&str, u64)], index: usize) -> Ahead {
+        let order = state.fair.order(all);
+        let position = order.iter().take_while(|&&i| i != index).count();
+        let before = order[..position].iter().map(|&i| all[i].1);
+        let f = before.fold(state.running_f(), u64::saturating_add);
         let idle = position == 0 && state.running.len() < self.workers;
         let f = if idle { 0 } else { f };
         let seconds = state.seconds_per_f.map(|each| f as f64 * each / self.workers as f64);
@@ -243,6 +278,8 @@ impl Queue {
             backlog_f,
             seconds_per_f: state.seconds_per_f,
             retry_after: seconds.ceil().clamp(1.0, 600.0) as u64,
+            full: state.waiting.len() + state.running.len() >= self.places()
+                || backlog_f >= self.max_f,
         }
     }
 

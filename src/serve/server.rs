@@ -5,10 +5,10 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix_web::dev::ServerHandle;
-use actix_web::middleware::from_fn;
+use actix_web::middleware::{Condition, from_fn};
 use actix_web::{App, HttpServer, web};
 
 use super::auth::Keys;
@@ -17,10 +17,12 @@ use super::live::{Lives, StoppedBy};
 use super::metrics::Metrics;
 use super::problem::{Kind, Problem};
 use super::queue::{Job, Queue};
+use super::sites::Sites;
 use super::speed::Speed;
 use super::store::Store;
+use super::vote::tables::Tables;
 use super::{Settings, jobs, routes, worker};
-use crate::engine::request::GenerateRequest;
+use crate::engine::request::{GenerateRequest, ModelInfo};
 use crate::engine::{Backend, CancelToken};
 use crate::{Error, Result};
 
@@ -38,6 +40,8 @@ pub struct Shared {
     pub keys: Option<Keys>,
     pub metrics: Metrics,
     pub health: Health,
+    pub sites: Sites,
+    pub tables: Tables,
     backend: OnceLock<Arc<dyn Backend>>,
 }
 
@@ -75,6 +79,8 @@ pub struct Running {
     events: (Sender<Event>, Receiver<Event>),
     http: ServerHandle,
     http_thread: JoinHandle<()>,
+    deadlines: JoinHandle<()>,
+    workers: Vec<JoinHandle<()>>,
 }
 
 /// Binds, serves at once (health and the page), and loads the backend on a
@@ -89,7 +95,7 @@ pub fn start(
 ) -> Result<Running> {
     let listener = bind(&settings.listen)?;
     let address = listener.local_addr().map_err(|e| Error::invalid("listen", e.to_string()))?;
-    let keys = keys(&settings)?;
+    let keys = keys(&settings, address)?;
     let shared = Arc::new(Shared {
         queue: Queue::new(settings.queue, settings.queue_f, settings.workers),
         lives: Lives::default(),
@@ -98,15 +104,20 @@ pub fn start(
         keys,
         metrics: Metrics::new()?,
         health: Health::default(),
+        sites: Sites::new(&settings, address),
+        tables: Tables::default(),
         backend: OnceLock::new(),
         settings,
     });
     let events = mpsc::channel();
     let (http, http_thread) = serve(listener, Arc::clone(&shared), events.0.clone())?;
-    for index in 0..shared.settings.workers {
+    let worker = |index| {
         let shared = Arc::clone(&shared);
-        spawn(&format!("generate-{index}"), move || worker::work(&shared))?;
-    }
+        spawn(&format!("generate-{index}"), move || worker::work(&shared))
+    };
+    let workers = (0..shared.settings.workers).map(worker).collect::<Result<_>>()?;
+    let keeping = Arc::clone(&shared);
+    let deadlines = spawn("deadlines", move || jobs::keep_deadlines(&keeping))?;
     let (loading, failed) = (Arc::clone(&shared), events.0.clone());
     spawn("load", move || {
         if let Err(error) = load(&loading, open) {
@@ -114,18 +125,16 @@ pub fn start(
             let _ = failed.send(Event::Failed(error));
         }
     })?;
-    Ok(Running { address, shared, events, http, http_thread })
+    Ok(Running { address, shared, events, http, http_thread, deadlines, workers })
 }
 
 /// The keys that requests need; without a file everybody may do everything.
-fn keys(settings: &Settings) -> Result<Option<Keys>> {
+fn keys(settings: &Settings, address: SocketAddr) -> Result<Option<Keys>> {
     if !settings.keys.as_os_str().is_empty() {
         return Keys::read(&settings.keys).map(Some);
     }
-    let local = ["127.", "localhost:", "[::1]:"].iter().any(|l| settings.listen.starts_with(l));
-    if !local {
-        let listen = &settings.listen;
-        tracing::warn!(%listen, "no API keys: whoever reaches this address may do everything");
+    if !address.ip().is_loopback() {
+        tracing::warn!(listen = %address, "no API keys: whoever reaches this address may do everything");
     }
     Ok(None)
 }
@@ -157,19 +166,28 @@ fn serve(
     failed: Sender<Event>,
 ) -> Result<(ServerHandle, JoinHandle<()>)> {
     let (send_handle, handle) = mpsc::channel();
-    let threads = shared.settings.http_threads;
+    let settings = shared.settings.clone();
+    let threads = settings.http_threads;
     let body = move || {
         let data = web::Data::from(shared);
         let run = async move {
             let server = HttpServer::new(move || {
+                let sites = &data.sites;
                 App::new()
                     .app_data(data.clone())
                     .wrap(from_fn(routes::admit))
+                    .wrap(Condition::new(sites.opened(), sites.cors()))
+                    .wrap(from_fn(routes::openai::in_its_words))
                     .wrap(from_fn(routes::observe))
                     .configure(routes::configure)
             })
             .workers(threads)
             .disable_signals()
+            // The limit is each thread's.
+            .max_connections(settings.max_connections.div_ceil(threads))
+            .keep_alive(Duration::from_secs(settings.keep_alive_seconds))
+            .client_request_timeout(Duration::from_secs(settings.head_seconds))
+            .client_disconnect_timeout(GRACE)
             // Without this actix does not notice that a client has left.
             .h1_allow_half_closed(false)
             .shutdown_timeout(GRACE.as_secs())
@@ -195,10 +213,19 @@ fn serve(
 }
 
 fn load(shared: &Shared, open: impl FnOnce() -> Result<Arc<dyn Backend>>) -> Result<()> {
+    let start = Instant::now();
     let backend = open()?;
+    let models = backend.models();
+    let (unloaded, seconds) = (backend.unloaded(), start.elapsed().as_secs_f64());
+    shared.metrics.loaded(&models, &unloaded, &backend.methods(), seconds);
     let backend = shared.backend.get_or_init(|| backend);
     shared.health.advance(Life::Warming);
-    warm_up(shared, backend.as_ref())?;
+    if let Some(first) = models.first() {
+        warm_up(shared, backend.as_ref(), first)?;
+    }
+    for model in &models {
+        shared.metrics.model(model, true);
+    }
     jobs::resume(shared, backend.as_ref())?;
     shared.health.advance(Life::Ready);
     tracing::info!("ready");
@@ -207,25 +234,28 @@ fn load(shared: &Shared, open: impl FnOnce() -> Result<Arc<dyn Backend>>) -> Res
 
 /// Generates one image with few steps, so that the first request does not pay
 /// for first-use costs and the machine's speed is known.
-fn warm_up(shared: &Shared, backend: &dyn Backend) -> Result<()> {
+///
+/// # Errors
+/// The backend's.
+pub fn warm_up(shared: &Shared, backend: &dyn Backend, model: &ModelInfo) -> Result<()> {
     let steps = shared.settings.warm_up_steps;
-    let Some(model) = backend.models().into_iter().next().filter(|_| steps > 0) else {
+    if steps == 0 {
         return Ok(());
-    };
-    let prompt = model.example_prompts.into_iter().next().unwrap_or_else(|| "warm-up".to_owned());
+    }
+    let prompt = model.example_prompts.first().cloned().unwrap_or_else(|| "warm-up".to_owned());
     let request = GenerateRequest {
         prompt,
-        model: Some(model.id),
+        model: Some(model.id.clone()),
         steps: Some(steps),
         seed: Some(0),
         ..GenerateRequest::default()
     };
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     let planned = backend.plan(&request)?;
     let generation = backend.generate(&planned, &CancelToken::default(), &mut |_| {})?;
     let seconds = start.elapsed().as_secs_f64();
     shared.queue.measure(seconds, generation.cost.actual.units.f);
-    shared.speed.learn(&generation.resolved, &generation.cost.actual, seconds);
+    shared.speed.learn_first(&generation.resolved, &generation.cost.actual, seconds);
     tracing::info!(seconds, steps, "warmed up");
     Ok(())
 }
@@ -267,13 +297,22 @@ impl Running {
             postpone(queue.abort(|live| live.stop(StoppedBy::Shutdown)));
             queue.wait_idle(GRACE);
             // In the middle of a long step: not a crash.
-            queue.running().iter().for_each(|live| jobs::leave_to_the_next(&self.shared, live));
+            queue.running().iter().for_each(|live| jobs::stopped(&self.shared, live));
         }
         queue.end();
+        let idle = queue.wait_idle(Duration::ZERO);
         // Sends the command now; the thread ends when connections are closed.
         drop(self.http.stop(true));
-        if self.http_thread.join().is_err() {
-            return Err(Error::invalid("http", "the HTTP thread panicked"));
+        // One that is in the middle of a long step ends with the process.
+        let workers = self.workers.into_iter().filter(|_| idle);
+        for thread in [self.http_thread, self.deadlines].into_iter().chain(workers) {
+            let name = thread.thread().name().unwrap_or_default().to_owned();
+            if thread.join().is_err() {
+                return Err(Error::invalid(name, "the thread panicked"));
+            }
+        }
+        if idle {
+            self.shared.store.close();
         }
         failure.map_or(Ok(()), Err)
     }

@@ -233,8 +233,8 @@ impl<'a> Run<'a> {
         self.note(&report, lr, norm, &cost.seconds);
         self.refresh_reference()?;
         if progress_failed(&self.state.progress) {
-            let message = format!("not finite in {MOST_NOT_FINITE} updates in a row");
-            return Err(Error::invalid("gradients", message));
+            let message = format!("no gradient was finite in {MOST_NOT_FINITE} updates in a row");
+            return Err(Error::Diverged(message));
         }
         let means = |name: &str| report.means.get(name).copied();
         let (loss, reward, skipped) = (means("loss"), means("reward"), self.state.skipped());

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use crate::fake::Fake;
 use crate::harness::{Server, server, server_with, settings, settings_in};
+use crate::jobs::parse;
 
 fn field(answer: &crate::harness::Answer, status: u16) -> String {
     let (_, body) = answer.problem(status);
@@ -53,6 +54,32 @@ fn arms_share_prompt_and_noise_and_their_cost_is_said() {
     assert_eq!(list["comparisons"][0]["arms"][1]["label"], "search");
     assert!(server.get("/compare?q=blue").json()["comparisons"].as_array().unwrap().is_empty());
     server.get("/compare?model=tiny").problem(400);
+}
+
+#[test]
+fn each_arm_is_told_what_is_before_it() {
+    let server = server();
+    let busy = server.post_async(&json!({"prompt": "wait", "steps": 5}));
+    server.until("stepped", |s| s.status(&busy)["spent_f"] == 2);
+    let body = json!({
+        "base": {"prompt": "a", "steps": 3},
+        "arms": [{}, {"method": "best-of-n"}, {"steps": 4}],
+    });
+    let answer = server.send("POST", "/compare", &[("prefer", "respond-async")], &body);
+    assert_eq!(answer.status, 202, "{}", answer.text());
+    let id = answer.json()["id"].as_str().unwrap().to_owned();
+    server.fake.gate.open();
+    server.until("completed", |s| s.get(&format!("/compare/{id}")).json()["state"] == "completed");
+    // Eight forwards of what runs are left; then the arms, one after the other.
+    for (index, (planned, before)) in [(6, 8), (24, 8 + 6), (8, 8 + 6 + 24)].into_iter().enumerate()
+    {
+        let events = parse(server.get(&format!("/generations/{id}.{index}/events")).text());
+        let (_, name, queued) = &events[0];
+        assert_eq!(name, "queued");
+        assert_eq!(queued["planned"]["f"], planned);
+        assert_eq!(queued["ahead"]["position"], index);
+        assert_eq!(queued["ahead"]["f"], before);
+    }
 }
 
 #[test]

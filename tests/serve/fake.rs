@@ -2,20 +2,22 @@
 //! that make it wait, fail, panic, run out of memory or end the process.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
 use diffusion_sharpening::diffusion::cost::{Budget, Cost, Units};
 use diffusion_sharpening::engine::request::{
     BudgetRequest, CostReport, GenerateRequest, GeneratedImage, Generation, Listing, MethodRequest,
-    ModelInfo, ModelRef, Resolved,
+    ModelInfo, ModelRef, Preview, Resolved,
 };
-use diffusion_sharpening::engine::{Backend, CancelToken, Planned, Progress};
+use diffusion_sharpening::engine::{Backend, CancelToken, Planned, Progress, TryOut};
 use diffusion_sharpening::{Error, Result};
 use image::{Rgb, RgbImage};
 use serde_json::{Map, Value, json};
 
-/// Prompts with "wait" stop here until the gate opens.
+/// Prompts with "wait" stop here at each step, those with "decode" after the last, until the gate
+/// opens.
 #[derive(Default)]
 pub struct Gate {
     open: Mutex<bool>,
@@ -45,6 +47,10 @@ pub struct Fake {
     /// Prompts in the order in which they were finished or cancelled.
     pub finished: Mutex<Vec<String>>,
     pub cancelled: Mutex<Vec<String>>,
+    /// Models and adapters that were unloaded.
+    pub unloaded: Mutex<Vec<String>>,
+    /// Models that are loaded now cannot make an image.
+    pub unfit: AtomicBool,
 }
 
 const MODELS: [&str; 2] = ["tiny", "second"];
@@ -62,6 +68,12 @@ fn object(value: Value) -> Map<String, Value> {
     value.as_object().unwrap().clone()
 }
 
+impl Fake {
+    fn has(&self, name: &str) -> bool {
+        self.unloaded.lock().unwrap().iter().all(|other| other != name)
+    }
+}
+
 impl Backend for Fake {
     fn models(&self) -> Vec<ModelInfo> {
         let model = |id: &&str| ModelInfo {
@@ -71,15 +83,60 @@ impl Backend for Fake {
             default_height: 64,
             default_steps: 20,
             default_guidance_scale: 5.0,
-            adapters: vec!["sharpened".to_owned()],
+            adapters: ["sharpened"]
+                .iter()
+                .filter(|a| self.has(a))
+                .map(|a| (*a).to_owned())
+                .collect(),
             unet_parameters: 3_456_789,
+            dtype: "f32".to_owned(),
             example_prompts: vec![
                 "a red circle left of a striped blue square".to_owned(),
                 "three green triangles".to_owned(),
                 "a small yellow star above a large purple ring".to_owned(),
             ],
         };
-        MODELS.iter().map(model).collect()
+        MODELS.iter().filter(|id| self.has(id)).map(model).collect()
+    }
+
+    fn unloaded(&self) -> Vec<String> {
+        MODELS.iter().filter(|id| !self.has(id)).map(|id| (*id).to_owned()).collect()
+    }
+
+    fn load(&self, id: &str, try_out: &mut TryOut<'_>) -> Result<ModelInfo> {
+        if id == "broken" {
+            return Err(Error::file("models/broken", "no weights"));
+        }
+        known("model", "model", id, &MODELS)?;
+        let alone = Self::default();
+        let info = alone.models().into_iter().find(|model| model.id == id).unwrap();
+        try_out(&alone, &info)?;
+        if self.unfit.load(Ordering::Relaxed) {
+            return Err(Error::Weights("a tensor is not finite".to_owned()));
+        }
+        self.finished.lock().unwrap().append(&mut alone.finished.lock().unwrap());
+        self.unloaded.lock().unwrap().retain(|other| other != id);
+        Ok(info)
+    }
+
+    fn unload(&self, id: &str) -> Result<()> {
+        known("model", "model", id, &MODELS)?;
+        self.unloaded.lock().unwrap().push(id.to_owned());
+        Ok(())
+    }
+
+    fn load_adapter(&self, model: &str, name: &str) -> Result<()> {
+        known("model", "model", model, &MODELS)?;
+        known("adapter", "adapter", name, &["sharpened"])?;
+        self.unloaded.lock().unwrap().retain(|other| other != name);
+        Ok(())
+    }
+
+    fn unload_adapter(&self, model: &str, name: &str) -> Result<()> {
+        known("model", "model", model, &MODELS)?;
+        known("adapter", "adapter", name, &["sharpened"])?;
+        self.unloaded.lock().unwrap().push(name.to_owned());
+        Ok(())
     }
 
     fn methods(&self) -> Vec<Listing> {
@@ -116,9 +173,12 @@ impl Backend for Fake {
 
     fn plan(&self, request: &GenerateRequest) -> Result<Planned> {
         let model = request.model.clone().unwrap_or_else(|| "tiny".to_owned());
-        known("model", "model", &model, &MODELS)?;
+        let there = |all: &[&'static str]| -> Vec<&str> {
+            all.iter().copied().filter(|name| self.has(name)).collect()
+        };
+        known("model", "model", &model, &there(&MODELS))?;
         if let Some(adapter) = &request.adapter {
-            known("adapter", "adapter", adapter, &["sharpened"])?;
+            known("adapter", "adapter", adapter, &there(&["sharpened"]))?;
         }
         let (name, params) = match request.method.clone() {
             None => ("plain".to_owned(), Map::new()),
@@ -128,6 +188,15 @@ impl Backend for Fake {
         known("method", "method", &name, &METHODS)?;
         if let Some(reward) = &request.reward {
             known("reward", "reward", reward, &REWARDS)?;
+        }
+        for (field, value, most) in [
+            ("guidance_scale", request.guidance_scale, 100.0),
+            ("guidance_rescale", request.guidance_rescale, 1.0),
+            ("previews", request.previews.map(f64::from), 16.0),
+        ] {
+            if value.is_some_and(|value| !(0.0..=most).contains(&value)) {
+                return Err(Error::invalid(field, format!("expected 0 to {most}")));
+            }
         }
         if request.prompt.contains("huge") {
             let message = "2048 x 2048 px take at least 12.345 GiB, there is 8.000 GiB";
@@ -175,6 +244,8 @@ impl Backend for Fake {
                 budget,
                 output_format: request.output_format.unwrap_or_default(),
                 digests: request.digests.unwrap_or_default(),
+                previews: request.previews.unwrap_or_default(),
+                alone: request.alone.unwrap_or_default(),
             },
         })
     }
@@ -212,19 +283,32 @@ impl Fake {
             return Err(error.during("in the U-Net", "make smaller images"));
         }
         let start = std::time::Instant::now();
-        let mut spent = Units::default();
+        let (mut spent, mut previews) = (Units::default(), Vec::new());
         while spent.f < planned.cost.f {
             cancel.check()?;
             std::thread::sleep(self.step);
             spent.f += 2;
             let event = (spent.f == 2).then(|| json!({"event": "chosen", "candidate": 0}));
-            progress(Progress { spent, planned: planned.cost, event });
+            let due = u64::from(resolved.previews) * spent.f / planned.cost.f;
+            let preview = (previews.len() < due as usize).then(|| Preview {
+                image: 0,
+                f: spent.f,
+                of: planned.cost.f,
+                t: 500.0,
+                scores: BTreeMap::from([("judge".to_owned(), Some(0.25))]),
+                pixels: picture(&resolved, spent.f),
+            });
+            previews.extend(preview.clone());
+            progress(Progress { spent, planned: planned.cost, event, preview });
             if prompt.contains("deadly") {
                 std::process::abort();
             }
             if prompt.contains("wait") {
                 self.gate.pass(cancel)?;
             }
+        }
+        if prompt.contains("decode") {
+            self.gate.pass(cancel)?;
         }
         spent = planned.cost;
         let images = (0..u64::from(resolved.n)).map(|i| picture(&resolved, resolved.seed + i));
@@ -243,6 +327,7 @@ impl Fake {
             ("vae_decode".to_owned(), 0.002),
         ]);
         Ok(Generation {
+            previews,
             images: images
                 .enumerate()
                 .map(|(i, pixels)| GeneratedImage {

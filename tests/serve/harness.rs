@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use diffusion_sharpening::Result;
 use diffusion_sharpening::engine::Backend;
+use diffusion_sharpening::serve::config::List;
 use diffusion_sharpening::serve::{self, Settings, Stopper};
 use serde_json::Value;
 
@@ -68,7 +69,9 @@ pub fn settings() -> Settings {
 /// Settings of a server that goes on with the history in `data`.
 pub fn settings_in(data: &Path) -> Settings {
     let (listen, data) = ("127.0.0.1:0".to_owned(), data.to_path_buf());
-    Settings { listen, data, drain_seconds: 5, ..Settings::default() }
+    // What requests by hand are for.
+    let hosts = List(vec!["test".to_owned()]);
+    Settings { listen, data, hosts, drain_seconds: 5, ..Settings::default() }
 }
 
 /// A ready server with ordinary settings.
@@ -129,6 +132,12 @@ impl Server {
     pub fn post_bytes(&self, content_type: &str, body: &[u8]) -> Answer {
         let request = self.agent.post(format!("{}/generate", self.url));
         read(request.header("content-type", content_type).send(body).unwrap())
+    }
+
+    /// Sends a body as it is, as JSON.
+    pub fn post_to(&self, path: &str, body: &str) -> Answer {
+        let request = self.agent.post(format!("{}{path}", self.url));
+        read(request.header("content-type", "application/json").send(body).unwrap())
     }
 
     pub fn delete(&self, path: &str) -> Answer {
@@ -224,7 +233,7 @@ impl Drop for Server {
 pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let start = Instant::now();
     while !holds() {
-        assert!(start.elapsed() < Duration::from_secs(15), "never {what}");
+        assert!(start.elapsed() < Duration::from_secs(60), "never {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -5,7 +5,10 @@ use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::path::Path;
+use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use diffusion_sharpening::bench::remote::RemoteBackend;
 use diffusion_sharpening::bench::reproduce::{self, Likeness};
 use diffusion_sharpening::engine::CancelToken;
@@ -94,7 +97,7 @@ fn work_for_later_fails_with_its_reason() {
 }
 
 /// Events as (id, name, data), to the end of the stream.
-fn parse(text: &str) -> Vec<(u64, String, Value)> {
+pub fn parse(text: &str) -> Vec<(u64, String, Value)> {
     let mut events = Vec::new();
     for block in text.split("\n\n") {
         let field = |name: &str| block.lines().find_map(|l| l.strip_prefix(name));
@@ -152,12 +155,42 @@ fn a_stream_tells_every_step_and_the_end() {
     refused.problem(422);
 }
 
+/// Where else would it be found?
+#[test]
+fn a_stream_has_the_images_that_could_not_be_stored() {
+    let settings = settings();
+    let images = settings.data.join("images");
+    let server = server_with(settings, Fake::default());
+    std::fs::remove_dir_all(&images).unwrap();
+    std::fs::write(&images, "no folder").unwrap();
+    let body = json!({"prompt": "a", "steps": 2, "n": 2});
+    let answer = server
+        .send("POST", "/generate", &[("accept", "text/event-stream")], &body)
+        .text()
+        .to_owned();
+    let events = parse(&answer);
+    let (_, name, streamed) = events.last().unwrap();
+    assert_eq!(name, "completed");
+    let answered = server.post(body.clone()).json();
+    for result in [streamed, &answered] {
+        let images = result["images"].as_array().unwrap();
+        assert_eq!(images.len(), 2);
+        for image in images {
+            assert_eq!(image["url"], Value::Null);
+            let bytes = STANDARD.decode(image["data"].as_str().unwrap()).unwrap();
+            assert_eq!(image::load_from_memory(&bytes).unwrap().width(), 64);
+        }
+    }
+    // What was to last has failed.
+    assert_eq!(server.put("kept", &body).problem(500).0, "internal");
+}
+
 fn open_events(server: &Server, prompt: &str) -> BufReader<TcpStream> {
     let mut stream = TcpStream::connect(server.address()).unwrap();
     let body = json!({"prompt": prompt, "steps": 3}).to_string();
     write!(
         stream,
-        "POST /generate HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n\
+        "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\
          Accept: text/event-stream\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     )
@@ -186,7 +219,15 @@ fn a_quiet_stream_has_heartbeats_and_a_listener_who_leaves_is_noticed() {
     let id = queued["id"].as_str().unwrap();
     let status = server.status(id);
     assert_eq!((&status["state"], &status["ahead"]["position"]), (&json!("queued"), &json!(0)));
+    // It cannot be forgotten before it has ended.
+    assert_eq!(server.delete(&format!("/history/{id}")).problem(409).0, "conflict");
     assert_eq!(server.delete(&format!("/generations/{id}")).status, 200);
+    let status = server.status(id);
+    assert_eq!(
+        (&status["state"], &status["problem"]["status"]),
+        (&json!("cancelled"), &json!(409))
+    );
+    server.delete(&format!("/history/{id}")).problem(404);
     drop(stream);
     server.until("cancelled", |s| running(s) == 0.0);
     assert_eq!(*server.fake.cancelled.lock().unwrap(), ["wait"]);
@@ -198,7 +239,7 @@ fn a_watcher_who_leaves_stops_nothing() {
     let id = server.post_async(&json!({"prompt": "wait", "steps": 3}));
     server.until_state(&id, "running");
     let mut stream = TcpStream::connect(server.address()).unwrap();
-    write!(stream, "GET /generations/{id}/events HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
+    write!(stream, "GET /generations/{id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
     let mut lines = BufReader::new(&stream).lines();
     assert!(lines.any(|line| line.unwrap() == "event: started"));
     drop(stream);
@@ -309,8 +350,10 @@ fn the_history_is_listed_searched_and_forgotten() {
     for query in ["?limit=0", "?limit=201", "?before=x", "?before=1"] {
         server.get(&format!("/generations{query}")).problem(422);
     }
-    for query in ["?state=x", "?limit=x", "?nothing=1"] {
-        assert_eq!(server.get(&format!("/generations{query}")).problem(400).0, "invalid-query");
+    for query in ["state=x", "limit=x", "nothing=1", "q=a&q=b"] {
+        let (kind, body) = server.get(&format!("/generations?{query}")).problem(400);
+        assert_eq!(kind, "invalid-query");
+        assert_eq!(body["field"], query.split('=').next().unwrap(), "{body}");
     }
     let id = item["id"].as_str().unwrap();
     let url = item["images"][0]["url"].as_str().unwrap();
@@ -349,6 +392,13 @@ fn an_estimate_says_cost_and_time_and_runs_nothing() {
     server.get("/estimate?prompt=a&prompt=b").problem(400);
     server.get("/estimate?prompt=a&stps=3").problem(400);
     server.get("/estimate?prompt=a&method=plan").problem(422);
+    // A name, whatever it looks like.
+    for name in ["0", "null", "%22plain%22", "[]"] {
+        let refused = server.get(&format!("/estimate?prompt=a&method={name}"));
+        assert_eq!(refused.problem(422).0, "unknown-name");
+    }
+    server.get("/estimate?prompt=a&method=%7B%22name%22").problem(422);
+    server.get("/estimate?prompt=a&method=%7B%22name%22%3A0%7D").problem(400);
     assert_eq!(server.get("/estimate?prompt=12&method=plain&budget=40").status, 200);
 }
 
@@ -423,7 +473,14 @@ fn nothing_accepted_is_lost_when_the_process_is_killed() {
         process.child.kill().unwrap();
         process.child.wait().unwrap();
     }
+    // As if it had been killed between an image and its row, and in the middle of an image.
+    let orphan = folder.path().join("images/00").join(format!("{}.png", "0".repeat(64)));
+    std::fs::create_dir_all(orphan.parent().unwrap()).unwrap();
+    std::fs::write(&orphan, "x").unwrap();
+    let temporary = orphan.with_file_name(".tmpAbCdEf");
+    std::fs::write(&temporary, "x").unwrap();
     let process = process(folder.path(), "0");
+    assert!(!orphan.exists() && !temporary.exists());
     for (number, id) in ids.iter().enumerate() {
         until("completed", || status_of(&process, id)["state"] == "completed");
         let status = status_of(&process, id);
@@ -486,7 +543,9 @@ fn settings_of_the_history_are_used() {
 #[test]
 fn a_bundle_has_everything_to_run_it_again() {
     let server = server();
-    let body = json!({"prompt": "a", "steps": 2, "n": 2, "seed": 3, "digests": true});
+    let body = json!({
+        "prompt": "a", "steps": 2, "n": 2, "seed": 3, "digests": true, "previews": 3,
+    });
     let answer = server.post(body).json();
     let id = answer["id"].as_str().unwrap();
     let archive = server.get(&format!("/generations/{id}/bundle"));
@@ -495,7 +554,7 @@ fn a_bundle_has_everything_to_run_it_again() {
     let bundle = Bundle::read(&archive.bytes[..]).unwrap();
     assert_eq!(bundle.manifest.id, id);
     assert_eq!(bundle.manifest.resolved.seed, 3);
-    assert_eq!(bundle.images.len(), 2);
+    assert_eq!((bundle.images.len(), bundle.previews.len()), (2, 3));
     let replay = |seed: u64, sha256: &str| {
         let mut other = bundle.clone();
         other.manifest.resolved.seed = seed;
@@ -511,10 +570,69 @@ fn a_bundle_has_everything_to_run_it_again() {
     assert!(!other.is_same() && matches!(other.images[0], Likeness::Different(..)));
     assert!(replay(3, "0000").unwrap_err().to_string().contains("other weights"));
     // Over HTTP it is the same.
-    let remote = RemoteBackend::connect(&server.url).unwrap();
+    let remote = RemoteBackend::connect(&server.url, None).unwrap();
     let over = reproduce::replay(&bundle, &remote, 2, &CancelToken::default()).unwrap();
     assert_eq!(over, same);
     server.get("/generations/nobody/bundle").problem(404);
     let waiting = server.post_async(&json!({"prompt": "wait", "steps": 2}));
     server.get(&format!("/generations/{waiting}/bundle")).problem(409);
+}
+
+#[test]
+fn previews_are_events_and_stay_with_the_result() {
+    let server = server();
+    let body = json!({"prompt": "a", "steps": 9, "previews": 3});
+    let answer = server.send("PUT", "/generations/seen", &[("accept", "text/event-stream")], &body);
+    let events: Vec<Value> = answer
+        .text()
+        .split("\n\n")
+        .filter(|block| block.contains("event: preview\n"))
+        .map(|block| serde_json::from_str(block.split("data: ").nth(1).unwrap()).unwrap())
+        .collect();
+    assert_eq!(events.len(), 3);
+    let result = server.get("/generations/seen").json()["result"].clone();
+    let trace = result["trace"].as_array().unwrap().clone();
+    let kept: Vec<&Value> = trace.iter().filter(|e| e["preview"].is_object()).collect();
+    assert_eq!(kept.len(), 3);
+    for (event, kept) in events.iter().zip(&kept) {
+        for field in ["f", "of", "t", "scores"] {
+            assert_eq!(event["preview"][field], kept["preview"][field]);
+        }
+        let url = kept["preview"]["url"].as_str().unwrap();
+        let file = server.get(url);
+        assert_eq!((file.status, file.header("content-type")), (200, "image/png"));
+        assert_eq!(event["preview"]["data"], STANDARD.encode(&file.bytes));
+        assert!(kept["preview"].get("data").is_none());
+    }
+    assert_eq!(result["images"].as_array().unwrap().len(), 1);
+    assert_eq!(server.get("/generations/seen/bundle").status, 200);
+    let urls: Vec<&str> = kept.iter().map(|e| e["preview"]["url"].as_str().unwrap()).collect();
+    assert_eq!(server.delete("/history/seen").status, 204);
+    for url in urls {
+        assert_eq!(server.get(url).status, 404);
+    }
+}
+
+#[test]
+fn what_was_cancelled_is_not_begun_again_by_the_next() {
+    let folder = tempfile::tempdir().unwrap();
+    // A step that outlasts the server's patience.
+    let variables = [("FAKE_STEP_MS", "6000"), ("FAKE_DRAIN_SECONDS", "0")];
+    let variables = variables.map(|(name, value)| (name, OsStr::new(value)));
+    let data = ("FAKE_DATA", folder.path().as_os_str());
+    let mut process = Process::start_with(&[&variables[..], &[data]].concat());
+    let ids = ["cancelled", "wanted"].map(|prompt| send_async(&process, prompt).unwrap());
+    until("running", || status_of(&process, &ids[0])["state"] == "running");
+    let cancelling = {
+        let url = format!("{}/generations/{}", process.url, ids[0]);
+        std::thread::spawn(move || ureq::delete(url).call())
+    };
+    // Nothing says that it has been told; the step goes on for long enough.
+    std::thread::sleep(Duration::from_secs(1));
+    process.signal("-TERM");
+    assert_eq!(cancelling.join().unwrap().unwrap().status(), 200);
+    assert!(process.child.wait().unwrap().success());
+    let second = server_with(settings_in(folder.path()), Fake::default());
+    second.until_state(&ids[1], "completed");
+    assert_eq!(second.status(&ids[0])["state"], "cancelled");
 }

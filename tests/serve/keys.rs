@@ -1,5 +1,9 @@
 //! API keys: who may do what.
 
+use std::process::Command;
+
+use diffusion_sharpening::bench::remote::RemoteBackend;
+use diffusion_sharpening::engine::{Backend, CancelToken};
 use diffusion_sharpening::serve::{Settings, auth};
 use serde_json::{Value, json};
 
@@ -39,21 +43,26 @@ impl Keyed {
 fn every_route_but_probes_and_the_page_asks_for_a_key() {
     let keyed = keyed();
     let server = &keyed.server;
-    for path in ["/livez", "/readyz", "/openapi.json", "/", "/docs", "/app.js", "/style.css"] {
+    for path in
+        ["/livez", "/readyz", "/startupz", "/openapi.json", "/", "/docs", "/app.js", "/style.css"]
+    {
         assert_eq!(server.get(path).status, 200, "{path}");
     }
     let body = json!({"prompt": "a", "steps": 1});
     for (method, path) in [
         ("POST", "/generate"),
         ("POST", "/compare"),
-        ("POST", "/v1/images/generations"),
         ("PUT", "/generations/a"),
         ("DELETE", "/generations/a"),
         ("DELETE", "/history/a"),
+        ("PUT", "/models/tiny"),
+        ("DELETE", "/models/tiny/adapters/a"),
         ("GET", "/generations"),
         ("GET", "/generations/a"),
         ("GET", "/generations/a/events"),
         ("GET", "/compare"),
+        ("GET", "/compare/a/export"),
+        ("GET", "/generations/a/export"),
         ("GET", "/estimate?prompt=a"),
         ("GET", "/images/a"),
         ("GET", "/models"),
@@ -75,6 +84,13 @@ fn every_route_but_probes_and_the_page_asks_for_a_key() {
     assert_eq!(other.status, 200);
     let metrics = keyed.send(&keyed.alice, "GET", "/metrics", &Value::Null);
     assert!(metrics.text().contains("ds_rejections_total{reason=\"unauthorized\"}"));
+    for key in [&keyed.alice, &keyed.bob] {
+        assert_eq!(
+            keyed.send(key, "DELETE", "/models/tiny", &Value::Null).problem(403).0,
+            "forbidden"
+        );
+    }
+    assert_eq!(keyed.send(&keyed.admin, "PUT", "/models/tiny", &Value::Null).status, 200);
     // Admins look after the server; they have no key to generate with.
     let refused = keyed.send(&keyed.admin, "POST", "/generate", &body);
     assert_eq!(refused.problem(403).0, "forbidden");
@@ -112,6 +128,12 @@ fn each_sees_and_stops_its_own_and_admins_see_all() {
     let stopped = keyed.send(&keyed.admin, "DELETE", "/generations/two", &Value::Null);
     assert_eq!(stopped.json()["state"], "cancelled");
     keyed.server.fake.gate.open();
+    keyed.server.until("completed", |_| {
+        get(&keyed.alice, "/generations/one").json()["state"] == "completed"
+    });
+    for (key, status) in [(&keyed.alice, 200), (&keyed.bob, 404), (&keyed.admin, 200)] {
+        assert_eq!(get(key, "/generations/one/export").status, status);
+    }
 }
 
 #[test]
@@ -120,4 +142,33 @@ fn an_unusable_file_of_keys_ends_the_start() {
     let open = || -> diffusion_sharpening::Result<_> { panic!("not opened") };
     let error = diffusion_sharpening::serve::start(settings, open).err().unwrap().to_string();
     assert!(error.starts_with("no/such/keys.toml: "), "{error}");
+}
+
+#[test]
+fn the_bench_brings_its_key() {
+    let keyed = keyed();
+    let url = &keyed.server.url;
+    let remote = RemoteBackend::connect(url, Some(&keyed.alice)).unwrap();
+    let request = serde_json::from_value(json!({"prompt": "from the bench", "steps": 1})).unwrap();
+    let planned = remote.plan(&request).unwrap();
+    remote.generate(&planned, &CancelToken::default(), &mut |_| {}).unwrap();
+    assert_eq!(keyed.server.fake.finished.lock().unwrap()[1..], ["from the bench"]);
+    for key in [None, Some("wrong")] {
+        let error = RemoteBackend::connect(url, key).unwrap_err().to_string();
+        assert!(error.contains("DS_API_KEY"), "{error}");
+    }
+    let error = RemoteBackend::connect(url, Some("a\nb")).unwrap_err().to_string();
+    assert!(error.starts_with("DS_API_KEY"), "{error}");
+    let program = |key: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ds-bench"));
+        let options = ["--methods", "plain", "--budgets", "4", "--prompts", "1", "--dry-run"];
+        command.args(["nfe-sweep", "--url", url, "--out", "x"]).args(options);
+        command.env("DS_API_KEY", key);
+        command.output().unwrap()
+    };
+    let output = program(&keyed.bob);
+    assert!(output.status.success(), "{output:?}");
+    let output = program("wrong");
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("DS_API_KEY"), "{output:?}");
 }

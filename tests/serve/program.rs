@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use diffusion_sharpening::engine::Backend;
+use diffusion_sharpening::serve::config::List;
 use diffusion_sharpening::serve::{self, Overrides, Settings};
 
 use crate::fake::Fake;
@@ -41,8 +42,71 @@ fn the_shipped_configuration_states_every_default() {
     for line in Settings::default().to_toml().unwrap().lines() {
         assert!(text.lines().any(|l| l == line), "configs/serve.toml has no line {line}");
     }
-    let output = program().args(["--config", "configs/serve.toml", "--print-config"]).output();
-    assert_eq!(texts(&output.unwrap()).0, Settings::default().to_toml().unwrap());
+}
+
+#[test]
+fn settings_are_printed_with_where_they_come_from_and_read_back() {
+    let config = file("max_images = 12\nqueue = 13\nhosts = [\"a.example\", \"b\"]\n");
+    let output = program()
+        .arg("--config")
+        .arg(config.path())
+        .args(["--print-config", "--max-steps", "31", "--log", "info,x=\"#\""])
+        .envs([
+            ("DS_MAX_STEPS", "21"),
+            ("DS_MAX_IMAGES", "22"),
+            ("DS_CORS_ORIGINS", "http://a, http://b"),
+        ])
+        .output()
+        .unwrap();
+    let (out, err) = texts(&output);
+    assert!(output.status.success(), "{err}");
+    let origin = |line: &str| {
+        let at =
+            out.lines().position(|l| l == line).unwrap_or_else(|| panic!("no {line} in\n{out}"));
+        out.lines().nth(at - 1).unwrap().to_owned()
+    };
+    let of_file = format!("# file {:?}", config.path());
+    for (line, expected) in [
+        ("max_steps = 31", "# flag --max-steps"),
+        ("max_images = 22", "# environment DS_MAX_IMAGES"),
+        ("cors_origins = [\"http://a\", \"http://b\"]", "# environment DS_CORS_ORIGINS"),
+        ("queue = 13", &of_file),
+        ("hosts = [\"a.example\", \"b\"]", &of_file),
+        ("workers = 1", "# default"),
+    ] {
+        assert_eq!(origin(line), expected);
+    }
+    let again = file(&out);
+    let read = Settings::resolve(Some(again.path()), Overrides::default()).unwrap();
+    let list = |words: &[&str]| List(words.iter().map(|w| (*w).to_owned()).collect());
+    let expected = Settings {
+        max_steps: 31,
+        max_images: 22,
+        queue: 13,
+        hosts: list(&["a.example", "b"]),
+        cors_origins: list(&["http://a", "http://b"]),
+        log: "info,x=\"#\"".to_owned(),
+        ..Settings::default()
+    };
+    assert_eq!(read, expected);
+    assert_eq!(out.lines().count(), 2 * expected.to_toml().unwrap().lines().count());
+}
+
+#[test]
+fn a_health_check_ends_well_when_the_server_is() {
+    let server = crate::harness::server();
+    let check = |url: &str| {
+        let mut command = program();
+        let output = command.env("HTTP_PROXY", "http://127.0.0.1:1").args(["--health-check", url]);
+        let output = output.output().unwrap();
+        (output.status.code(), texts(&output).1)
+    };
+    assert_eq!(check(&format!("{}/startupz", server.url)), (Some(0), String::new()));
+    let (code, err) = check(&format!("{}/nothing", server.url));
+    assert_eq!(code, Some(1));
+    assert!(err.contains("answers 404"), "{err}");
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    assert_eq!(check(&format!("http://{nobody}/startupz")).0, Some(1));
 }
 
 #[test]
@@ -69,6 +133,8 @@ fn unusable_settings_are_named() {
         ("workers = \"two\"\n", vec!["workers", "invalid type"]),
         ("workers = 0\n", vec!["workers", "at least 1"]),
         ("listen = \n", vec!["line 1"]),
+        ("hosts = [\"a:80\"]\n", vec!["hosts: 'a:80'", "without a port"]),
+        ("cors_origins = [\"*\"]\n", vec!["cors_origins: '*'"]),
     ] {
         let config = file(text);
         let output =
@@ -113,7 +179,15 @@ fn fake_server() {
     let fake = Fake { step: Duration::from_millis(step), ..Fake::default() };
     let backend: Arc<dyn Backend> = Arc::new(fake);
     let data = std::env::var_os("FAKE_DATA").map_or_else(|| settings().data, PathBuf::from);
-    let settings = Settings { listen, data, drain_seconds: 60, queue: 1000, ..Settings::default() };
+    let drain = std::env::var("FAKE_DRAIN_SECONDS").map_or(60, |seconds| seconds.parse().unwrap());
+    let settings = Settings {
+        listen,
+        data,
+        drain_seconds: drain,
+        queue: 1000,
+        warm_up_steps: 1,
+        ..Settings::default()
+    };
     let running = serve::start(settings, move || Ok(backend)).unwrap();
     serve::stop_on_signals(running.stopper()).unwrap();
     println!("\nlistening on http://{}", running.address());
@@ -155,7 +229,7 @@ impl Process {
         process
     }
 
-    fn signal(&self, name: &str) {
+    pub fn signal(&self, name: &str) {
         let id = self.child.id().to_string();
         assert!(Command::new("kill").args([name, &id]).status().unwrap().success());
     }

@@ -52,6 +52,7 @@ impl Backend for Fake {
             default_guidance_scale: 5.0,
             adapters: vec!["sharp".into()],
             unet_parameters: 1,
+            dtype: "f32".into(),
             example_prompts: vec![],
         }]
     }
@@ -108,6 +109,8 @@ impl Backend for Fake {
             budget,
             output_format: request.output_format.unwrap_or_default(),
             digests: request.digests.unwrap_or_default(),
+            previews: request.previews.unwrap_or_default(),
+            alone: request.alone.unwrap_or_default(),
         };
         self.log.lock().unwrap().push(request.clone());
         Ok(Planned { resolved, cost: Units { f: n * trajectory, v: n, y: n, l: 0 } })
@@ -124,7 +127,12 @@ impl Backend for Fake {
             cancel.cancel();
         }
         cancel.check()?;
-        progress(Progress { spent: planned.cost, planned: planned.cost, event: None });
+        progress(Progress {
+            spent: planned.cost,
+            planned: planned.cost,
+            event: None,
+            preview: None,
+        });
         let r = &planned.resolved;
         let base = luck(&format!("{}|{}", r.prompt, r.seed));
         let best = (0..planned.cost.v)
@@ -153,6 +161,7 @@ impl Backend for Fake {
             },
             resolved: r.clone(),
             model: ModelRef { id: "fake".into(), sha256: "0123456789abcdef".into() },
+            previews: vec![],
             trace: if observed { vec![candidates] } else { vec![] },
         })
     }

@@ -358,7 +358,7 @@ fn a_server_gives_the_same_cells_as_the_engine() {
     let bench = Bench::new(2);
     let flags = "--methods plain,best-of-n --budgets 12,60,300,5000 --limit 7";
     bench.sweep("local", flags, &Fake::default()).unwrap();
-    let remote = RemoteBackend::connect(&fake::serve(1)).unwrap();
+    let remote = RemoteBackend::connect(&fake::serve(1), None).unwrap();
     bench.sweep("remote", flags, &remote).unwrap();
     // Without the server's word the step limit is not known in advance.
     let same = |out: &str| values(bench.cells(out)).into_iter().filter(|c| c.budget < 5000).count();

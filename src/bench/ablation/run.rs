@@ -25,18 +25,20 @@ pub struct Tally {
     pub ran: usize,
     /// Runs that the folder already held.
     pub kept: usize,
+    /// Runs whose training diverged now; the tables are without them.
+    pub diverged: usize,
     pub remaining: usize,
 }
 
 /// Computes what the folder lacks, until `cancel` is raised.
 ///
 /// # Errors
-/// When the folder holds other settings or is in use, and those of the training runs.
+/// When the folder holds other settings or is in use, and those of the training runs except that one
+/// diverged.
 pub fn run(plan: &Plan, cancel: &CancelToken, quiet: bool) -> Result<Tally> {
     std::fs::create_dir_all(&plan.out).map_err(|e| Error::file(&plan.out, e))?;
     let path = plan.out.join("lock");
-    let file = File::create(&path).map_err(|e| Error::file(&path, e))?;
-    lock(&file, &path)?;
+    let _lock = lock(File::create(&path).map_err(|e| Error::file(&path, e))?, &path)?;
     let jobs = plan.jobs();
     let mut todo = Vec::new();
     for (i, job) in jobs.iter().enumerate() {
@@ -44,7 +46,8 @@ pub fn run(plan: &Plan, cancel: &CancelToken, quiet: bool) -> Result<Tally> {
             todo.push((i, job));
         }
     }
-    let mut tally = Tally { ran: 0, kept: jobs.len() - todo.len(), remaining: todo.len() };
+    let kept = jobs.len() - todo.len();
+    let mut tally = Tally { ran: 0, kept, diverged: 0, remaining: todo.len() };
     let say = |line: String| {
         if !quiet {
             eprintln!("{line}");
@@ -62,9 +65,14 @@ pub fn run(plan: &Plan, cancel: &CancelToken, quiet: bool) -> Result<Tally> {
         say(format!("run {number} of {of}: {name}, seed {}, {} updates", job.seed, job.updates));
         match train_and_measure(plan, job, cancel, quiet) {
             Err(Error::Cancelled) => break,
-            other => other?,
+            // That is what became of these settings; the others are still to be known.
+            Err(Error::Diverged(what)) => {
+                say(format!("{name}, seed {}: training diverged: {what}", job.seed));
+                tally.diverged += 1;
+            }
+            Err(other) => return Err(other),
+            Ok(()) => tally.ran += 1,
         }
-        tally.ran += 1;
         tally.remaining -= 1;
     }
     Ok(tally)

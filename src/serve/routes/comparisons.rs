@@ -4,7 +4,7 @@ use actix_web::http::header;
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Value, json};
 
-use super::generate::{prefers_async, read, refused};
+use super::generate::{prefers_async, read};
 use super::generations::{self, Query, id_of};
 use super::openapi::{Refusals, WorkRefusals};
 use super::{Data, apart, caller};
@@ -48,7 +48,8 @@ pub async fn post(
         let (comparison, lives) = apart(&shared, move |s| submit(s, &caller, asked)).await??;
         Ok((comparison, lives))
     };
-    let (id, lives) = accept().await.inspect_err(|problem| refused(&shared, problem))?;
+    let (id, lives) =
+        accept().await.inspect_err(|problem: &Problem| shared.metrics.rejected(problem.kind))?;
     let later = prefers_async(&request);
     if !later {
         for live in lives {
@@ -59,7 +60,7 @@ pub async fn post(
         }
     }
     let (asked, caller) = (id.clone(), caller(&request));
-    let body = apart(&shared, move |s| describe(s, &caller, &asked)).await??;
+    let body = apart(&shared, move |s| described(s, &caller, &asked)).await??;
     let mut response = if later { HttpResponse::Accepted() } else { HttpResponse::Ok() };
     if later {
         response.insert_header(("Preference-Applied", "respond-async"));
@@ -75,7 +76,7 @@ type Accepted = (String, Vec<std::sync::Arc<crate::serve::live::Live>>);
 
 fn submit(shared: &Shared, caller: &Caller, asked: CompareRequest) -> Result<Accepted, Problem> {
     let (backend, id) = (shared.backend()?, uuid::Uuid::now_v7().to_string());
-    let planned = compare::plan(shared, backend.as_ref(), &id, &asked)?;
+    let planned = compare::plan(shared, backend.as_ref(), &caller.name, &id, &asked)?;
     let created_ms = now();
     let (mut arms, mut runs): (Vec<Arm>, Vec<New>) = (Vec::new(), Vec::new());
     for (arm, runnable) in planned {
@@ -112,14 +113,22 @@ fn unknown(id: &str) -> Problem {
     Problem::new(Kind::NotFound, format!("there is no comparison {id}"))
 }
 
-fn find(shared: &Shared, caller: &Caller, id: &str) -> Result<Comparison, Problem> {
+/// # Errors
+/// There is none that the caller sees.
+pub fn find(shared: &Shared, caller: &Caller, id: &str) -> Result<Comparison, Problem> {
     let found = shared.store.comparison(id)?.filter(|c| caller.sees(&c.client));
     found.ok_or_else(|| unknown(id))
 }
 
 /// A comparison with what its arms have come to. Blocks.
-fn describe(shared: &Shared, caller: &Caller, id: &str) -> Result<Value, Problem> {
-    let comparison = find(shared, caller, id)?;
+///
+/// # Errors
+/// The history cannot be read.
+pub fn describe(
+    shared: &Shared,
+    caller: &Caller,
+    comparison: &Comparison,
+) -> Result<Value, Problem> {
     let contract = comparison.request.contract;
     let mut arms = Vec::with_capacity(comparison.arms.len());
     let mut unfinished = false;
@@ -169,6 +178,10 @@ fn describe(shared: &Shared, caller: &Caller, id: &str) -> Result<Value, Problem
     }))
 }
 
+fn described(shared: &Shared, caller: &Caller, id: &str) -> Result<Value, Problem> {
+    describe(shared, caller, &find(shared, caller, id)?)
+}
+
 /// A comparison with what its arms have come to.
 #[utoipa::path(
     get,
@@ -182,7 +195,7 @@ fn describe(shared: &Shared, caller: &Caller, id: &str) -> Result<Value, Problem
 )]
 pub async fn get(shared: Data, request: HttpRequest) -> Result<HttpResponse, Problem> {
     let (id, caller) = (id_of(&request)?, caller(&request));
-    let body = apart(&shared, move |s| describe(s, &caller, &id)).await??;
+    let body = apart(&shared, move |s| described(s, &caller, &id)).await??;
     Ok(HttpResponse::Ok().insert_header((header::CACHE_CONTROL, "no-store")).json(body))
 }
 
@@ -240,7 +253,8 @@ pub async fn delete(shared: Data, request: HttpRequest) -> Result<HttpResponse, 
     tag = "comparisons",
     params(
         ("q" = Option<String>, Query, description = "Words of the prompt"),
-        ("before" = Option<String>, Query, description = "The `next` of the page before"),
+        ("before" = Option<String>, Query, pattern = "^[0-9]{1,18}_[A-Za-z0-9][A-Za-z0-9._-]*$",
+            description = "The `next` of the page before"),
         ("limit" = Option<usize>, Query, minimum = 1, maximum = 200),
     ),
     responses((status = 200, body = Object), Refusals)

@@ -1,7 +1,7 @@
 //! Asking for images: at once, later, or under an id of the client's choice.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
@@ -14,14 +14,14 @@ use super::{Data, apart, blocking, caller, generations};
 use crate::diffusion::cost::Units;
 use crate::engine::request::{GenerateRequest, Resolved};
 use crate::serve::answer::Answer;
-use crate::serve::events::{self, Owner};
+use crate::serve::events::{self, EventBody, Owner};
 use crate::serve::jobs::{self, Put};
 use crate::serve::live::{Done, End, Live, Waiter};
 use crate::serve::problem::{Kind, Problem};
 use crate::serve::queue::Ahead;
 use crate::serve::server::Shared;
 use crate::serve::store::{New, Record, State, now};
-use crate::serve::{answer, body, limits};
+use crate::serve::{answer, body, deadline, limits};
 
 /// Images, when they are there; at once and later, or as events, where a header says so.
 #[utoipa::path(
@@ -35,7 +35,7 @@ use crate::serve::{answer, body, limits};
     ),
     responses(
         (status = 200, description = "The images, or events when `text/event-stream` is accepted",
-            content((Answer = "application/json"), (String = "text/event-stream"))),
+            content((Answer = "application/json"), (EventBody = "text/event-stream"))),
         (status = 202, description = "Accepted for later", body = Status,
             headers(("Location" = String))),
         Refusals,
@@ -53,7 +53,9 @@ pub async fn post(
             let (live, _) = apart(&shared, move |s| jobs::submit(s, new, true)).await??;
             generations::accepted(&shared, &request, &live.id, StatusCode::ACCEPTED).await
         };
-        return accept().await.inspect_err(|problem| refused(&shared, problem));
+        return accept()
+            .await
+            .inspect_err(|problem: &Problem| shared.metrics.rejected(problem.kind));
     }
     let accepted = submit(&shared, &request, payload, as_it_is).await?;
     if events::wanted(&request) {
@@ -102,7 +104,7 @@ pub async fn submit(
         let owner = Owner::new(shared, &live);
         Ok(Accepted { live, waiter, owner })
     };
-    accept().await.inspect_err(|problem| refused(shared, problem))
+    accept().await.inspect_err(|problem: &Problem| shared.metrics.rejected(problem.kind))
 }
 
 /// The same request under the same id is one generation, however often it is sent, and outlives
@@ -121,7 +123,7 @@ pub async fn submit(
     responses(
         (status = 200, description = "The images, or its state when that is preferred, or events \
             when `text/event-stream` is accepted",
-            content((Answer = "application/json"), (String = "text/event-stream"))),
+            content((Answer = "application/json"), (EventBody = "text/event-stream"))),
         (status = 202, description = "Accepted for later", body = Status,
             headers(("Location" = String))),
         Refusals,
@@ -160,7 +162,7 @@ pub async fn put(
             Put::Ended(record) => stored(&shared, *record).await,
         }
     };
-    accept().await.inspect_err(|problem| refused(&shared, problem))
+    accept().await.inspect_err(|problem: &Problem| shared.metrics.rejected(problem.kind))
 }
 
 /// What a request would cost and when it would begin.
@@ -183,18 +185,24 @@ pub struct Estimate {
         ("prompt" = String, Query, min_length = 1),
         ("model" = Option<String>, Query),
         ("adapter" = Option<String>, Query),
-        ("method" = Option<String>, Query, description = "A name, or an object as JSON"),
+        ("method" = Option<String>, Query,
+            pattern = r#"^([^{\s][^{]*|\{"name": ?"[a-z0-9-]+"\})$"#,
+            description = "A name, or an object as JSON"),
         ("steps" = Option<u32>, Query, minimum = 1),
         ("n" = Option<u32>, Query, minimum = 1),
-        ("budget" = Option<String>, Query, description = "A number, or an object as JSON"),
+        ("budget" = Option<String>, Query, pattern = r#"^((0|[1-9][0-9]{0,17})|\{"f": ?(0|[1-9][0-9]{0,17})\})$"#,
+            description = "A number, or an object as JSON"),
+        ("deadline_ms" = Option<u64>, Query, minimum = 1),
     ),
     responses((status = 200, body = Estimate), Refusals)
 )]
 pub async fn estimate(shared: Data, request: HttpRequest) -> Result<HttpResponse, Problem> {
     shared.health.check(shared.settings.drain_seconds)?;
     let asked = body::decode_query(request.query_string())?;
-    let planned = plan(&shared, asked).await?;
-    let ahead = shared.queue.ahead_of_new(&caller(&request).name, planned.cost.f);
+    let client = caller(&request).name;
+    let planned = plan(&shared, asked.clone()).await?;
+    deadline::check(&shared, &client, &asked, &planned, 0.0)?;
+    let ahead = shared.queue.ahead_of_new(&client, planned.cost.f);
     let each = shared.queue.stats().seconds_per_f;
     Ok(HttpResponse::Ok().insert_header((header::CACHE_CONTROL, "no-store")).json(Estimate {
         planned: planned.cost,
@@ -234,7 +242,9 @@ pub async fn read(
 
 async fn plan(shared: &Data, asked: GenerateRequest) -> Result<crate::engine::Planned, Problem> {
     limits::check_request(&asked, &shared.settings)?;
+    let start = Instant::now();
     let planned = blocking(shared, move |backend| backend.plan(&asked)).await??;
+    shared.metrics.stage("plan", start.elapsed().as_secs_f64());
     limits::check_plan(&planned, &shared.settings)?;
     Ok(planned)
 }
@@ -287,13 +297,4 @@ fn ok(id: &str) -> actix_web::HttpResponseBuilder {
         .insert_header((header::CACHE_CONTROL, "no-store"))
         .insert_header(("X-Request-Id", id));
     response
-}
-
-pub fn refused(shared: &Shared, problem: &Problem) {
-    if matches!(
-        problem.kind,
-        Kind::QueueFull | Kind::Budget | Kind::InsufficientMemory | Kind::NotReady | Kind::Draining
-    ) {
-        shared.metrics.rejected(problem.kind.slug());
-    }
 }

@@ -9,15 +9,15 @@ use utoipa::{IntoParams, ToSchema};
 use super::openapi::Refusals;
 use super::{Data, apart, caller};
 use crate::diffusion::cost::Units;
-use crate::engine::bundle::{Bundle, Contents};
 use crate::engine::request::{GenerateRequest, Resolved};
 use crate::serve::auth::Caller;
-use crate::serve::live::Live;
+use crate::serve::events::EventBody;
+use crate::serve::live::{End, Live};
 use crate::serve::problem::{Body, Kind, Problem};
 use crate::serve::queue::Ahead;
 use crate::serve::server::Shared;
 use crate::serve::store::{Filter, Listed, Name, Record, State};
-use crate::serve::{answer, body, events, jobs};
+use crate::serve::{body, events, export, jobs};
 
 /// Longest id that a client may choose.
 const MAX_ID: usize = 64;
@@ -129,7 +129,10 @@ fn unrecorded(live: &Live, ahead: Option<Ahead>) -> Status {
         request: new.request.clone(),
         resolved: new.planned.resolved.clone(),
         result: None,
-        problem: None,
+        problem: match live.ended() {
+            Some(End::Problem(problem)) => Some(problem.to_json()),
+            Some(End::Completed(_)) | None => None,
+        },
         links: Links::of(&live.id),
     }
 }
@@ -230,10 +233,11 @@ pub async fn forget(shared: Data, request: HttpRequest) -> Result<HttpResponse, 
     params(
         ("id" = String, Path, min_length = 1, max_length = 64,
             pattern = "^[A-Za-z0-9][A-Za-z0-9._-]*$"),
-        ("Last-Event-ID" = Option<u64>, Header, description = "The last event that the client has"),
+        ("Last-Event-ID" = Option<String>, Header, pattern = "^[0-9]{1,19}$",
+            description = "The last event that the client has"),
     ),
     responses(
-        (status = 200, description = "Events", content_type = "text/event-stream", body = String),
+        (status = 200, description = "Events", content_type = "text/event-stream", body = EventBody),
         (status = 204, description = "There is nothing more"),
         Refusals,
     )
@@ -275,7 +279,7 @@ pub async fn bundle(shared: Data, request: HttpRequest) -> Result<HttpResponse, 
     let asked = id.clone();
     let bytes = apart(&shared, move |s| {
         let record = jobs::record(s, &caller, &asked)?.ok_or_else(|| jobs::unknown(&asked))?;
-        archive(s, record)
+        export::bundle(s, record)
     })
     .await??;
     Ok(HttpResponse::Ok()
@@ -283,35 +287,6 @@ pub async fn bundle(shared: Data, request: HttpRequest) -> Result<HttpResponse, 
         .insert_header((header::CACHE_CONTROL, "no-store"))
         .insert_header((header::CONTENT_DISPOSITION, format!("attachment; filename=\"{id}.tar\"")))
         .body(bytes))
-}
-
-fn archive(shared: &Shared, record: Record) -> Result<Vec<u8>, Problem> {
-    let Some(answer) = record.answer.as_deref() else {
-        let detail = format!("{} is {}; only completed work has a bundle", record.id, record.state);
-        return Err(Problem::new(Kind::Conflict, detail));
-    };
-    let answer: Value = serde_json::from_str(answer).map_err(Problem::internal)?;
-    let images = answer::files(&answer, &shared.store)?;
-    let settings = &shared.settings;
-    let environment = [
-        ("program", format!("diffusion-sharpening {}", env!("CARGO_PKG_VERSION"))),
-        ("system", format!("{} {}", std::env::consts::OS, std::env::consts::ARCH)),
-        ("device", settings.device.to_string()),
-        ("dtype", settings.dtype.to_string()),
-        ("vae_dtype", settings.vae_dtype.to_string()),
-    ];
-    let bundle = Bundle::new(Contents {
-        id: record.id,
-        created_ms: record.created_ms,
-        request: record.request,
-        resolved: record.resolved,
-        environment: environment.map(|(name, value)| (name.to_owned(), value)).into(),
-        answer,
-        images,
-    })?;
-    let mut bytes = Vec::new();
-    bundle.write(&mut bytes)?;
-    Ok(bytes)
 }
 
 /// Query of `GET /generations`.
@@ -326,6 +301,7 @@ pub struct Query {
     method: Option<String>,
     state: Option<State>,
     /// The `next` of the page before.
+    #[param(pattern = "^[0-9]{1,18}_[A-Za-z0-9][A-Za-z0-9._-]*$")]
     before: Option<String>,
     #[param(minimum = 1, maximum = 200)]
     limit: Option<usize>,

@@ -5,8 +5,11 @@ use actix_web::http::header;
 use serde_json::json;
 
 use super::openapi::Refusals;
-use super::{Data, blocking};
+use super::{Data, apart, blocking};
+use crate::serve::health::Life;
+use crate::serve::metrics::Reading;
 use crate::serve::problem::Problem;
+use crate::serve::{ready, sweeps};
 
 /// Models, and what one request may ask for.
 #[utoipa::path(
@@ -16,10 +19,12 @@ use crate::serve::problem::Problem;
     responses((status = 200, body = Object), Refusals)
 )]
 pub async fn models(shared: Data) -> Result<HttpResponse, Problem> {
-    let models = blocking(&shared, |backend| backend.models()).await?;
+    let (models, unloaded) =
+        blocking(&shared, |backend| (backend.models(), backend.unloaded())).await?;
     let s = &shared.settings;
     Ok(HttpResponse::Ok().json(json!({
         "models": models,
+        "unloaded": unloaded,
         "limits": {
             "max_prompt_chars": s.max_prompt_chars,
             "max_images": s.max_images,
@@ -65,7 +70,22 @@ pub async fn livez() -> HttpResponse {
     HttpResponse::Ok().json(json!({ "status": "live" }))
 }
 
-/// 200 when generations are admitted.
+/// 200 from the first image on, whatever happens then.
+#[utoipa::path(
+    get,
+    path = "/startupz",
+    tag = "server",
+    responses((status = 200, description = "Started"), Refusals)
+)]
+pub async fn startupz(shared: Data) -> Result<HttpResponse, Problem> {
+    if shared.health.life() < Life::Ready {
+        shared.health.check(shared.settings.drain_seconds)?;
+    }
+    Ok(HttpResponse::Ok().json(json!({ "status": "started" })))
+}
+
+/// 200 when generations are admitted. `checks` says of everything that this needs how it is, also
+/// in the problem when they are not.
 #[utoipa::path(
     get,
     path = "/readyz",
@@ -73,10 +93,11 @@ pub async fn livez() -> HttpResponse {
     responses((status = 200, description = "Ready", body = Object), Refusals)
 )]
 pub async fn readyz(shared: Data) -> Result<HttpResponse, Problem> {
-    shared.health.check(shared.settings.drain_seconds)?;
+    let checks = ready::check(&shared)?;
     let queue = shared.queue.stats();
     Ok(HttpResponse::Ok().json(json!({
         "status": "ready",
+        "checks": checks,
         "waiting": queue.waiting,
         "running": queue.running,
         "backlog_f": queue.backlog_f,
@@ -92,9 +113,30 @@ pub async fn readyz(shared: Data) -> Result<HttpResponse, Problem> {
     responses((status = 200, description = "Metrics", content_type = "text/plain", body = String), Refusals)
 )]
 pub async fn metrics(shared: Data) -> Result<HttpResponse, Problem> {
-    let ready = shared.health.check(0).is_ok();
-    let text = shared.metrics.render(shared.queue.stats(), ready).map_err(Problem::internal)?;
+    let device = match shared.backend() {
+        Ok(_) => blocking(&shared, |backend| backend.memory()).await?,
+        Err(_) => None,
+    };
+    let reading = Reading {
+        queue: shared.queue.stats(),
+        ready: ready::check(&shared).is_ok(),
+        heartbeat: ready::heartbeat(&shared),
+        device,
+    };
+    let text = shared.metrics.render(&reading).map_err(Problem::internal)?;
     Ok(HttpResponse::Ok()
         .insert_header((header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8"))
         .body(text))
+}
+
+/// Sweeps of ds-bench: quality against cost by method, with intervals.
+#[utoipa::path(
+    get,
+    path = "/sweeps",
+    tag = "server",
+    responses((status = 200, body = Object), Refusals)
+)]
+pub async fn sweeps(shared: Data) -> Result<HttpResponse, Problem> {
+    let found = apart(&shared, |s| sweeps::sweeps(&s.settings.sweeps)).await?;
+    Ok(HttpResponse::Ok().json(json!({ "sweeps": found })))
 }

@@ -1,18 +1,21 @@
 //! The routes, and what every request passes through.
 
 mod comparisons;
+mod exports;
 mod generate;
 mod generations;
 mod listings;
-mod openai;
+mod models;
+pub mod openai;
 mod openapi;
+mod votes;
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use actix_web::body::MessageBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
-use actix_web::http::header;
+use actix_web::http::{Method, header};
 use actix_web::middleware::Next;
 use actix_web::{
     Handler, HttpMessage, HttpRequest, HttpResponse, Resource, Responder, Route, guard, web,
@@ -42,6 +45,7 @@ pub fn configure(config: &mut web::ServiceConfig) {
             "GET, HEAD, DELETE",
             [reading().to(comparisons::get), web::delete().to(comparisons::delete)],
         ))
+        .service(readable("/compare/{id}/export", exports::comparison))
         .service(readable("/generations", generations::list))
         .service(resource(
             "/generations/{id}",
@@ -54,14 +58,31 @@ pub fn configure(config: &mut web::ServiceConfig) {
         ))
         .service(readable("/generations/{id}/events", generations::events))
         .service(readable("/generations/{id}/bundle", generations::bundle))
+        .service(readable("/generations/{id}/export", exports::generation))
         .service(resource("/history/{id}", "DELETE", [web::delete().to(generations::forget)]))
         .service(readable("/images/{name}", generations::image))
+        .service(resource("/ballots", "POST", [web::post().to(votes::give)]))
+        .service(readable("/ballots/{token}/{side}.png", votes::image))
+        .service(resource("/votes", "POST", [web::post().to(votes::cast)]))
+        .service(readable("/leaderboard", votes::table))
         .service(readable("/models", listings::models))
+        .service(resource(
+            "/models/{id}",
+            "PUT, DELETE",
+            [web::put().to(models::load), web::delete().to(models::unload)],
+        ))
+        .service(resource(
+            "/models/{id}/adapters/{name}",
+            "PUT, DELETE",
+            [web::put().to(models::load_adapter), web::delete().to(models::unload_adapter)],
+        ))
         .service(readable("/methods", listings::methods))
         .service(readable("/rewards", listings::rewards))
+        .service(readable("/sweeps", listings::sweeps))
         .service(readable("/openapi.json", openapi::document))
         .service(readable("/livez", listings::livez))
         .service(readable("/readyz", listings::readyz))
+        .service(readable("/startupz", listings::startupz))
         .service(readable("/metrics", listings::metrics))
         .default_service(web::to(not_found));
     for (index, asset) in assets::ASSETS.iter().enumerate() {
@@ -124,17 +145,27 @@ fn caller(request: &HttpRequest) -> Caller {
 /// Lets a request through that may do what it asks for, and notes whose it is.
 pub async fn admit(
     request: ServiceRequest,
-    next: Next<impl MessageBody>,
+    next: Next<impl MessageBody + 'static>,
 ) -> Result<ServiceResponse<impl MessageBody>, actix_web::Error> {
-    let keys = request.app_data::<Data>().and_then(|shared| shared.keys.as_ref());
+    let Some(shared) = request.app_data::<Data>().cloned() else {
+        return Ok(next.call(request).await?.map_into_left_body());
+    };
     let is_asset = |path: &str| assets::ASSETS.iter().any(|asset| asset.path == path);
-    let caller = auth::check(keys, request.request(), is_asset).inspect_err(|problem| {
-        if let Some(shared) = request.app_data::<Data>() {
-            shared.metrics.rejected(problem.kind.slug());
+    let checked = shared
+        .sites
+        .admit(request.request())
+        .and_then(|()| auth::check(shared.keys.as_ref(), request.request(), is_asset));
+    match checked {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            Ok(next.call(request).await?.map_into_left_body())
         }
-    })?;
-    request.extensions_mut().insert(caller);
-    next.call(request).await
+        // An answer, not an error: headers for pages of other sites are added to answers.
+        Err(problem) => {
+            shared.metrics.rejected(problem.kind);
+            Ok(request.error_response(problem).map_into_right_body())
+        }
+    }
 }
 
 /// Counts, times and logs a request; a client that left is counted as 499.
@@ -147,7 +178,8 @@ pub async fn observe(
     };
     // Patterns, not paths: this label is bounded.
     let route = request.match_pattern().unwrap_or_else(|| "unmatched".to_owned());
-    let mut seen = Seen { shared, route, start: Instant::now(), status: 499 };
+    let method = request.method().clone();
+    let mut seen = Seen { shared, route, method, start: Instant::now(), status: 499 };
     seen.shared.metrics.http_in_flight.inc();
     let result = next.call(request).await;
     seen.status = match &result {
@@ -164,6 +196,7 @@ pub async fn observe(
 struct Seen {
     shared: Data,
     route: String,
+    method: Method,
     start: Instant,
     status: u16,
 }
@@ -174,8 +207,7 @@ impl Drop for Seen {
         let metrics = &self.shared.metrics;
         let (route, status) = (self.route.as_str(), self.status);
         metrics.http_in_flight.dec();
-        metrics.http_requests.with_label_values(&[route, &status.to_string()]).inc();
-        metrics.http_seconds.with_label_values(&[route]).observe(seconds);
-        tracing::debug!(route, status, seconds, "request");
+        metrics.answered(route, self.method.as_str(), status, seconds);
+        tracing::debug!(route, method = %self.method, status, seconds, "request");
     }
 }

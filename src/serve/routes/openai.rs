@@ -1,19 +1,27 @@
 //! `POST /v1/images/generations`: a thin alias in the words of OpenAI's Images
 //! API, for clients that speak nothing else. What it cannot do it refuses.
 
+use actix_web::body::{BoxBody, MessageBody};
+use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::http::header;
-use actix_web::{HttpRequest, HttpResponse, ResponseError, web};
+use actix_web::middleware::Next;
+use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 use super::Data;
 use super::generate::submit;
+use crate::engine::request::{BudgetRequest, ImageFormat, MethodRequest};
+use crate::serve::body;
 use crate::serve::problem::{Kind, Problem};
 
+/// Where everything is in OpenAI's words.
+const BELOW: &str = "/v1/";
 /// Fields that mean the same here and there.
 const SAME: [&str; 5] = ["prompt", "model", "n", "output_format", "negative_prompt"];
 /// This server's own, as in `POST /generate`.
-const EXTENSIONS: [&str; 9] = [
+const EXTENSIONS: [&str; 10] = [
     "seed",
     "steps",
     "guidance_scale",
@@ -23,15 +31,46 @@ const EXTENSIONS: [&str; 9] = [
     "method",
     "reward",
     "budget",
+    "deadline_ms",
 ];
+
+/// What it takes.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "describes bodies")]
+#[serde(deny_unknown_fields)]
+pub struct OpenAiBody {
+    #[schema(min_length = 1, pattern = r"\S")]
+    prompt: String,
+    model: Option<String>,
+    #[schema(minimum = 1)]
+    n: Option<u32>,
+    /// `WIDTHxHEIGHT`, or `auto`.
+    #[schema(pattern = "^([1-9][0-9]*x[1-9][0-9]*|auto)$")]
+    size: Option<String>,
+    output_format: Option<ImageFormat>,
+    #[schema(pattern = "^b64_json$")]
+    response_format: Option<String>,
+    negative_prompt: Option<String>,
+    seed: Option<u64>,
+    #[schema(minimum = 1)]
+    steps: Option<u32>,
+    #[schema(minimum = 0, maximum = 100)]
+    guidance_scale: Option<f64>,
+    #[schema(minimum = 0, maximum = 1)]
+    guidance_rescale: Option<f64>,
+    solver: Option<String>,
+    adapter: Option<String>,
+    method: Option<MethodRequest>,
+    reward: Option<String>,
+    budget: Option<BudgetRequest>,
+}
 
 /// Images in the words of OpenAI's Images API. Errors are in its envelope.
 #[utoipa::path(
     post,
     path = "/v1/images/generations",
     tag = "generations",
-    request_body(content = Object, description = "`prompt`, `model`, `n`, `size`, \
-        `output_format`, `response_format`, and this server's own fields"),
+    request_body = OpenAiBody,
     responses(
         (status = 200, description = "`created`, `data`, `size`, `output_format`, `id`, `cost`, \
             `resolved`", body = Object),
@@ -41,19 +80,12 @@ const EXTENSIONS: [&str; 9] = [
             body = Object),
     )
 )]
-pub async fn post(shared: Data, request: HttpRequest, payload: web::Payload) -> HttpResponse {
-    match generate(&shared, &request, payload).await {
-        Ok(response) => response,
-        Err(problem) => refusal(&problem),
-    }
-}
-
-async fn generate(
-    shared: &Data,
-    request: &HttpRequest,
+pub async fn post(
+    shared: Data,
+    request: HttpRequest,
     payload: web::Payload,
 ) -> Result<HttpResponse, Problem> {
-    let answer = submit(shared, request, payload, translate).await?.answer().await?;
+    let answer = submit(&shared, &request, payload, translate).await?.answer().await?;
     let body = actix_web::body::to_bytes(answer.into_body()).await.map_err(Problem::internal)?;
     let body: Answer = serde_json::from_slice(&body).map_err(Problem::internal)?;
     let data: Vec<Value> = body
@@ -87,9 +119,8 @@ struct Answer {
 }
 
 /// The body of the same request to `POST /generate`.
-fn translate(body: &[u8]) -> Result<Vec<u8>, Problem> {
-    let asked: Map<String, Value> = serde_json::from_slice(body)
-        .map_err(|e| Problem::new(Kind::MalformedJson, e.to_string()))?;
+fn translate(bytes: &[u8]) -> Result<Vec<u8>, Problem> {
+    let asked = body::object(bytes)?;
     let wrong =
         |field: &str, message: String| Err(Problem::field(Kind::InvalidValue, field, message));
     let mut own = Map::new();
@@ -107,11 +138,14 @@ fn translate(body: &[u8]) -> Result<Vec<u8>, Problem> {
                 own.insert("width".to_owned(), width.into());
                 own.insert("height".to_owned(), height.into());
             }
-            ("size", other) => return wrong("size", format!("{other} is not a text")),
+            ("size", other) => return Err(body::wrong_type("size", other, "a string")),
             ("response_format", Value::Null) => {}
             ("response_format", Value::String(text)) if text == "b64_json" => {}
+            ("response_format", Value::String(text)) => {
+                return wrong("response_format", format!("'{text}': only b64_json is served"));
+            }
             ("response_format", other) => {
-                return wrong("response_format", format!("{other}: only b64_json is served"));
+                return Err(body::wrong_type("response_format", other, "a string"));
             }
             (known, _) if SAME.contains(&known) || EXTENSIONS.contains(&known) => {
                 own.insert(name, value);
@@ -126,22 +160,41 @@ fn translate(body: &[u8]) -> Result<Vec<u8>, Problem> {
     Ok(Value::Object(own).to_string().into_bytes())
 }
 
+/// Answers problems of everything under `/v1` in OpenAI's envelope, also those of a wrong key, path
+/// or method.
+pub async fn in_its_words(
+    request: ServiceRequest,
+    next: Next<impl MessageBody + 'static>,
+) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
+    let answer = next.call(request).await?.map_into_boxed_body();
+    if !answer.request().path().starts_with(BELOW) {
+        return Ok(answer);
+    }
+    let problem = answer.response().error().and_then(|error| error.as_error::<Problem>());
+    let Some(body) = problem.map(|problem| envelope(problem).to_string()) else {
+        return Ok(answer);
+    };
+    let mut answer = answer.map_body(|_, _| BoxBody::new(body));
+    let json = header::HeaderValue::from_static("application/json");
+    answer.headers_mut().insert(header::CONTENT_TYPE, json);
+    Ok(answer)
+}
+
 /// A problem in OpenAI's envelope.
-fn refusal(problem: &Problem) -> HttpResponse {
+fn envelope(problem: &Problem) -> Value {
     let kind = match problem.kind.status() {
         429 => "rate_limit_error",
         400..500 => "invalid_request_error",
         _ => "server_error",
     };
-    let mut response = HttpResponse::build(problem.status_code());
-    response.insert_header((header::CACHE_CONTROL, "no-store"));
-    if let Some(seconds) = problem.retry_after {
-        response.insert_header((header::RETRY_AFTER, seconds.to_string()));
-    }
-    response.json(json!({ "error": {
+    let code = match problem.kind {
+        Kind::Unauthorized => "invalid_api_key".to_owned(),
+        kind => kind.slug().replace('-', "_"),
+    };
+    json!({ "error": {
         "message": problem.detail,
         "type": kind,
         "param": problem.field,
-        "code": problem.kind.slug().replace('-', "_"),
-    } }))
+        "code": code,
+    } })
 }

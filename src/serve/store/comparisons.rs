@@ -2,7 +2,9 @@
 
 use rusqlite::{Connection, OptionalExtension, Row, named_params};
 
-use super::rows::{Filter, Json, pattern};
+use super::rows::{self, Filter, Json, New, pattern};
+use super::{Lasting, Store, failed, schema};
+use crate::Result;
 use crate::serve::compare::{Arm, CompareRequest};
 
 /// A comparison as it is recorded.
@@ -42,6 +44,47 @@ impl Comparison {
             request: row.get::<_, Json<_>>("request")?.0,
             arms: row.get::<_, Json<_>>("arms")?.0,
         })
+    }
+}
+
+impl Store {
+    /// Records an accepted comparison with the generations of its arms, as [`Store::accept`].
+    ///
+    /// # Errors
+    /// The history cannot be written; nothing has changed then.
+    pub fn accept_comparison(&self, comparison: &Comparison, arms: &[New]) -> Result<()> {
+        let accept = |db: &mut Connection| {
+            schema::lasting(db, Lasting::Machine)?;
+            let transaction = db.transaction()?;
+            comparison.insert(&transaction)?;
+            arms.iter().try_for_each(|new| new.insert(&transaction))?;
+            transaction.commit()
+        };
+        accept(&mut self.db()).map_err(failed)
+    }
+
+    /// Forgets a comparison that was not admitted after all, and its arms.
+    ///
+    /// # Errors
+    /// The history cannot be written.
+    pub fn forget_comparison(&self, arms: &[New]) -> Result<()> {
+        let db = self.db();
+        arms.iter().try_for_each(|new| rows::delete(&db, &new.id)).map_err(failed)?;
+        prune(&db).map_err(failed)
+    }
+
+    /// # Errors
+    /// The history cannot be read.
+    pub fn comparison(&self, id: &str) -> Result<Option<Comparison>> {
+        get(&self.db(), id).map_err(failed)
+    }
+
+    /// Comparisons that the filter's text, client and place let through, the newest first.
+    ///
+    /// # Errors
+    /// The history cannot be read.
+    pub fn comparisons(&self, filter: &Filter) -> Result<Vec<Comparison>> {
+        list(&self.db(), filter).map_err(failed)
     }
 }
 

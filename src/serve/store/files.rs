@@ -1,17 +1,19 @@
 //! Image files, named by their content.
 
+use std::collections::HashSet;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
-
 use super::Lasting;
 use crate::engine::request::ImageFormat;
-use crate::{Error, Result};
+use crate::{Error, Result, util};
 
 /// `SHA256.FORMAT` in lower-case hexadecimal digits: nothing else names a file.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Name(String);
+
+/// How files begin that are not written yet.
+const TEMPORARY: &str = ".tmp";
 
 const FORMATS: [(&str, &str); 3] =
     [("png", "image/png"), ("jpeg", "image/jpeg"), ("webp", "image/webp")];
@@ -20,8 +22,7 @@ impl Name {
     /// The name of a file with these bytes.
     #[must_use]
     pub fn of(bytes: &[u8], format: ImageFormat) -> Self {
-        let hex: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        Self(format!("{hex}.{}", format.name()))
+        Self(format!("{}.{}", util::sha256(bytes), format.name()))
     }
 
     /// The name that `text` is, if it is one.
@@ -76,7 +77,8 @@ impl Files {
         let fail = |e: std::io::Error| Error::file(&path, e);
         let folder = path.parent().unwrap_or(&self.root);
         std::fs::create_dir_all(folder).map_err(fail)?;
-        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(fail)?;
+        let mut file =
+            tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder).map_err(fail)?;
         file.write_all(&image.bytes).map_err(fail)?;
         if lasting == Lasting::Machine {
             file.as_file().sync_all().map_err(fail)?;
@@ -95,6 +97,29 @@ impl Files {
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
             Err(e) => Err(Error::file(&path, e)),
         }
+    }
+
+    /// Removes what a process that was killed has left: temporary files, and images that are not in
+    /// `used`. For whoever has the folder alone. How many there were.
+    pub fn sweep(&self, used: &HashSet<String>) -> std::io::Result<usize> {
+        let mut removed = 0;
+        for folder in std::fs::read_dir(&self.root)? {
+            let folder = folder?;
+            if !folder.file_type()?.is_dir() {
+                continue;
+            }
+            for file in std::fs::read_dir(folder.path())? {
+                let file = file?;
+                let name = file.file_name().to_string_lossy().into_owned();
+                let left = name.starts_with(TEMPORARY)
+                    || Name::parse(&name).is_some() && !used.contains(&name);
+                if left {
+                    std::fs::remove_file(file.path())?;
+                    removed += 1;
+                }
+            }
+        }
+        Ok(removed)
     }
 
     pub fn remove(&self, name: &Name) -> Result<()> {
@@ -136,5 +161,28 @@ mod tests {
         ] {
             assert_eq!(Name::parse(&wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn what_nobody_has_is_swept_and_what_is_not_its_own_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = Files::open(folder.path()).unwrap();
+        let image =
+            |bytes: &[u8]| Image { name: Name::of(bytes, ImageFormat::Png), bytes: bytes.to_vec() };
+        let (kept, orphan) = (image(b"kept"), image(b"orphan"));
+        files.put(&kept, Lasting::Process).unwrap();
+        files.put(&orphan, Lasting::Process).unwrap();
+        let place = files.path(&kept.name).parent().unwrap().to_path_buf();
+        for stranger in [".tmpAbC123", "notes.txt"] {
+            std::fs::write(place.join(stranger), "x").unwrap();
+        }
+        std::fs::write(folder.path().join("readme"), "x").unwrap();
+        let used = HashSet::from([kept.name.as_str().to_owned()]);
+        assert_eq!(files.sweep(&used).unwrap(), 2);
+        assert!(files.get(&kept.name).unwrap().is_some());
+        assert!(files.get(&orphan.name).unwrap().is_none());
+        assert!(!place.join(".tmpAbC123").exists());
+        assert!(place.join("notes.txt").exists() && folder.path().join("readme").exists());
+        assert_eq!(files.sweep(&used).unwrap(), 0);
     }
 }

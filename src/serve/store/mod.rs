@@ -6,6 +6,7 @@ mod comparisons;
 mod files;
 mod rows;
 mod schema;
+mod votes;
 
 use std::fs::File;
 use std::path::Path;
@@ -17,7 +18,11 @@ pub use comparisons::Comparison;
 pub use files::{Image, Name};
 pub use rows::{Filter, Listed, New, Record, State, now};
 
-use crate::{Error, Result, util};
+pub use votes::{Ballot, Voted};
+
+use super::vote::token;
+use crate::util::{self, Locked};
+use crate::{Error, Result};
 use files::Files;
 
 /// How much a write must survive.
@@ -35,8 +40,10 @@ pub struct Store {
     files: Files,
     /// Finished generations that are kept.
     keep: u64,
-    /// Held for as long as the store is open.
-    _lock: File,
+    /// What ballots are signed with.
+    secret: String,
+    /// Held until the store is closed.
+    lock: Locked,
 }
 
 impl Store {
@@ -49,13 +56,28 @@ impl Store {
         std::fs::create_dir_all(folder).map_err(|e| Error::file(folder, e))?;
         let path = folder.join("lock");
         let lock = File::create(&path).map_err(|e| Error::file(&path, e))?;
-        lock_for_one(&lock, folder)?;
+        let lock = lock_for_one(lock, folder)?;
         let path = folder.join("history.sqlite");
         let fail = |message: String| Error::file(&path, message);
         let mut db = Connection::open(&path).map_err(|e| fail(e.to_string()))?;
         schema::prepare(&mut db).map_err(fail)?;
         let files = Files::open(&folder.join("images"))?;
-        Ok(Self { db: Mutex::new(db), files, keep, _lock: lock })
+        // Before anybody writes: the lock is held.
+        match files.sweep(&rows::files(&db).map_err(|e| fail(e.to_string()))?) {
+            Ok(0) => {}
+            Ok(files) => tracing::info!(files, "removed what an earlier process had left"),
+            Err(error) => tracing::warn!(%error, "what an earlier process had left stays"),
+        }
+        let secret = votes::secret(&db, "ballots", &token::secret()?).map_err(failed)?;
+        Ok(Self { db: Mutex::new(db), files, keep, secret, lock })
+    }
+
+    /// Lets another server have the folder; for when nobody writes any more.
+    ///
+    /// Threads of the HTTP server can have their share of the store for moments after that has
+    /// ended, so that it is not dropped yet.
+    pub fn close(&self) {
+        self.lock.release();
     }
 
     fn db(&self) -> MutexGuard<'_, Connection> {
@@ -78,45 +100,6 @@ impl Store {
     /// The history cannot be written.
     pub fn forget(&self, id: &str) -> Result<()> {
         rows::delete(&self.db(), id).map_err(failed)
-    }
-
-    /// Records an accepted comparison with the generations of its arms, as [`Store::accept`].
-    ///
-    /// # Errors
-    /// The history cannot be written; nothing has changed then.
-    pub fn accept_comparison(&self, comparison: &Comparison, arms: &[New]) -> Result<()> {
-        let accept = |db: &mut Connection| {
-            schema::lasting(db, Lasting::Machine)?;
-            let transaction = db.transaction()?;
-            comparison.insert(&transaction)?;
-            arms.iter().try_for_each(|new| new.insert(&transaction))?;
-            transaction.commit()
-        };
-        accept(&mut self.db()).map_err(failed)
-    }
-
-    /// Forgets a comparison that was not admitted after all, and its arms.
-    ///
-    /// # Errors
-    /// The history cannot be written.
-    pub fn forget_comparison(&self, arms: &[New]) -> Result<()> {
-        let db = self.db();
-        arms.iter().try_for_each(|new| rows::delete(&db, &new.id)).map_err(failed)?;
-        comparisons::prune(&db).map_err(failed)
-    }
-
-    /// # Errors
-    /// The history cannot be read.
-    pub fn comparison(&self, id: &str) -> Result<Option<Comparison>> {
-        comparisons::get(&self.db(), id).map_err(failed)
-    }
-
-    /// Comparisons that the filter's text, client and place let through, the newest first.
-    ///
-    /// # Errors
-    /// The history cannot be read.
-    pub fn comparisons(&self, filter: &Filter) -> Result<Vec<Comparison>> {
-        comparisons::list(&self.db(), filter).map_err(failed)
     }
 
     /// Notes that a thread begins with it.
@@ -245,9 +228,20 @@ impl Store {
     pub fn image(&self, name: &Name) -> Result<Option<Vec<u8>>> {
         self.files.get(name)
     }
+
+    /// The bytes of image files that are there.
+    ///
+    /// # Errors
+    /// One is not, or cannot be read.
+    pub fn images(&self, names: &[Name]) -> Result<Vec<Vec<u8>>> {
+        let read = |name: &Name| {
+            self.image(name)?.ok_or_else(|| Error::file(name.as_str(), "is not there any more"))
+        };
+        names.iter().map(read).collect()
+    }
 }
 
-fn lock_for_one(lock: &File, folder: &Path) -> Result<()> {
+fn lock_for_one(lock: File, folder: &Path) -> Result<Locked> {
     util::lock(lock, folder).map_err(|_| {
         Error::file(folder, "another server keeps its history here; give this one --data DIR")
     })
@@ -387,7 +381,7 @@ mod tests {
         let (folder, store) = store();
         let error = Store::open(folder.path(), 1).err().unwrap().to_string();
         assert!(error.contains("--data"), "{error}");
-        drop(store);
+        store.close();
         Store::open(folder.path(), 1).unwrap();
     }
 

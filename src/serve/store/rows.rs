@@ -1,7 +1,8 @@
 //! Rows of the history.
 
+use std::collections::HashSet;
 use std::fmt;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
 use rusqlite::{Connection, OptionalExtension, Row, named_params, params};
@@ -338,6 +339,11 @@ fn files_of(db: &Connection, id: &str) -> rusqlite::Result<Vec<String>> {
         .collect()
 }
 
+/// The files that generations have.
+pub fn files(db: &Connection) -> rusqlite::Result<HashSet<String>> {
+    db.prepare("SELECT DISTINCT file FROM image")?.query_map([], |row| row.get(0))?.collect()
+}
+
 /// Of `files`, those that no generation has.
 fn orphans(db: &Connection, files: Vec<String>) -> rusqlite::Result<Vec<Name>> {
     let mut used = db.prepare_cached("SELECT 1 FROM image WHERE file = ?1")?;
@@ -369,6 +375,16 @@ pub fn prune(db: &mut Connection, keep: u64) -> rusqlite::Result<Option<Vec<Name
         files.extend(remove(db, &id)?.unwrap_or_default());
     }
     Ok(Some(files))
+}
+
+impl New {
+    /// The moment `ms` milliseconds after it was accepted; now where that has passed.
+    #[must_use]
+    pub fn instant_of(&self, ms: u64) -> Option<Instant> {
+        let at = self.created_ms.saturating_add_unsigned(ms);
+        let left = u64::try_from(at.saturating_sub(now())).unwrap_or(0);
+        Instant::now().checked_add(Duration::from_millis(left))
+    }
 }
 
 #[cfg(test)]
@@ -408,6 +424,8 @@ impl New {
                     budget: Budget::default(),
                     output_format: ImageFormat::Png,
                     digests: false,
+                    previews: 0,
+                    alone: false,
                 },
                 cost: Units { f: 4, v: 0, y: 1, l: 0 },
             },

@@ -6,8 +6,9 @@ use rusqlite_migration::{M, Migrations};
 use super::Lasting;
 
 /// Never changed once released; a new version is a new line.
-const VERSIONS: [M<'_>; 1] = [M::up(
-    "CREATE TABLE comparison (
+const VERSIONS: [M<'_>; 2] = [
+    M::up(
+        "CREATE TABLE comparison (
          id TEXT PRIMARY KEY NOT NULL,
          created_ms INTEGER NOT NULL,
          client TEXT NOT NULL,
@@ -50,7 +51,36 @@ const VERSIONS: [M<'_>; 1] = [M::up(
          PRIMARY KEY (generation, position)
      ) STRICT, WITHOUT ROWID;
      CREATE INDEX image_file ON image (file);",
-)];
+    ),
+    M::up(
+        "CREATE TABLE secret (
+         name TEXT PRIMARY KEY NOT NULL,
+         value TEXT NOT NULL
+     ) STRICT, WITHOUT ROWID;
+     CREATE TABLE ballot (
+         id TEXT PRIMARY KEY NOT NULL,
+         created_ms INTEGER NOT NULL,
+         voter TEXT NOT NULL,
+         prompt TEXT NOT NULL,
+         contract TEXT NOT NULL,
+         purpose TEXT NOT NULL CHECK (purpose IN ('pair', 'repeat', 'same')),
+         repeats TEXT,
+         left_generation TEXT NOT NULL,
+         left_player TEXT NOT NULL,
+         left_position INTEGER NOT NULL,
+         left_file TEXT NOT NULL,
+         right_generation TEXT NOT NULL,
+         right_player TEXT NOT NULL,
+         right_position INTEGER NOT NULL,
+         right_file TEXT NOT NULL,
+         choice TEXT CHECK (choice IN ('left', 'right', 'tie', 'both-bad')),
+         voted_ms INTEGER
+     ) STRICT;
+     CREATE INDEX ballot_voter ON ballot (voter, created_ms);
+     CREATE INDEX ballot_open ON ballot (created_ms) WHERE choice IS NULL;
+     CREATE INDEX ballot_voted ON ballot (voted_ms) WHERE choice IS NOT NULL;",
+    ),
+];
 
 /// Sets a connection up and brings its tables up to date.
 ///
