@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use common::assert_names;
+use diffusion_sharpening::bench::training_curves::{Args, run};
 use diffusion_sharpening::train::metrics::Recorder;
 use image::{Rgb, RgbImage};
 use serde_json::Value;
@@ -269,4 +270,44 @@ fn what_cannot_be_recorded_is_named() {
     std::fs::write(&file, "{\"step\": 1}\n{\"step\"\n{\"step\": 2}\n").unwrap();
     let error = Recorder::open(dir.path(), 2).err().unwrap();
     assert_names(&error.to_string(), &["metrics.jsonl", "line 2"]);
+}
+
+#[test]
+fn rewards_of_validations_are_drawn_against_updates() {
+    let folder = tempfile::tempdir().unwrap();
+    let record = |name: &str, steps: &[(u64, f64)]| {
+        let dir = folder.path().join(name);
+        let mut recorder = Recorder::open(&dir, 0).unwrap();
+        for (step, judge) in steps {
+            let tags = [("", *judge), ("_error", 0.01), ("_deviation", 0.25)];
+            let values = tags.map(|(end, value)| (format!("validation/judge{end}"), value));
+            let all = BTreeMap::from(values).into_iter().chain([("cost/f".into(), 8.0)]);
+            recorder.record(*step, &all.collect()).unwrap();
+        }
+        dir
+    };
+    let out = folder.path().join("drawn");
+    let runs = vec![record("first", &[(0, 0.5), (10, 0.6)]), record("second", &[(10, 0.7)])];
+    run(&Args { runs, out: out.clone() }).unwrap();
+    let table = std::fs::read_to_string(out.join("curves.csv")).unwrap();
+    let lines: Vec<&str> = table.lines().collect();
+    assert_eq!(
+        lines,
+        [
+            "run,step,f,seconds,judge,judge_error,judge_deviation",
+            "first,0,8,0,0.5,0.01,0.25",
+            "first,10,8,0,0.6,0.01,0.25",
+            "second,10,8,0,0.7,0.01,0.25",
+        ]
+    );
+    let svg = std::fs::read_to_string(out.join("curves.svg")).unwrap();
+    for said in ["first", "second", "judge: mean", "judge: deviation"] {
+        assert!(svg.contains(said), "the picture does not say '{said}'");
+    }
+    let picture = image::open(out.join("curves.png")).unwrap().into_rgb8();
+    assert!(picture.pixels().any(|p| p.0 == [0, 114, 178]), "no curve is drawn");
+
+    let empty = record("nothing", &[]);
+    let refused = run(&Args { runs: vec![empty], out }).unwrap_err().to_string();
+    assert!(refused.contains("metrics.jsonl") && refused.contains("--validate-every"), "{refused}");
 }

@@ -1,7 +1,8 @@
 //! Sweeps, statistics, tables and plots, run on any [`crate::engine::Backend`].
 //!
 //! One file or folder per `ds-bench` subcommand ([`ablation`], [`nfe_sweep`], [`sweep_merge`],
-//! [`parity_cmd`], [`plan_cmd`], [`scene_report`], [`sharpen_step`], [`speed`]), over the parts
+//! [`parity_cmd`], [`plan_cmd`], [`scene_report`], [`sharpen_step`], [`speed`],
+//! [`training_curves`]), over the parts
 //! they share: the grid and its resumable cells ([`sweep`], [`arm`], [`contract`], [`cell`],
 //! [`manifest`]), what is read off them ([`stats`], [`summary`], [`report`], [`plot`]), where
 //! images come from ([`remote`], [`wiring`]), and the work that is timed
@@ -38,5 +39,7 @@ pub mod sweep_merge;
 mod thinning;
 mod thumbnail;
 pub mod train_workload;
+pub mod training_curves;
+mod validations;
 pub mod wiring;
 pub mod workload;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use diffusion_sharpening::bench::{
     ablation, nfe_sweep, parity_cmd, plan_cmd, reproduce, scene_report, sharpen_step, speed,
-    sweep_merge,
+    sweep_merge, training_curves,
 };
 use diffusion_sharpening::nn::{memory, threads};
 use diffusion_sharpening::util::{CancelToken, INTERRUPTED};
@@ -35,6 +35,7 @@ enum Command {
     Speed(speed::Args),
     SceneReport(scene_report::Args),
     SharpenStep(sharpen_step::Args),
+    TrainingCurves(training_curves::Args),
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -69,6 +70,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Plan(args) => plan_cmd::run(&args)?,
         Command::SceneReport(args) => scene_report::run(&args)?,
         Command::SharpenStep(args) => sharpen_step::run(&args)?,
+        Command::TrainingCurves(args) => training_curves::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

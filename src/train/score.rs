@@ -59,7 +59,7 @@ pub(super) fn finite_mean(scores: &[f64]) -> Option<f64> {
 }
 
 /// Unbiased, of the finite ones of at least two.
-fn variance(scores: &[f64]) -> Option<f64> {
+pub(super) fn variance(scores: &[f64]) -> Option<f64> {
     let finite: Vec<f64> = scores.iter().copied().filter(|s| s.is_finite()).collect();
     let n = finite.len() as f64;
     let mean = finite.iter().sum::<f64>() / n;

@@ -7,6 +7,7 @@ use image::RgbImage;
 
 use super::evaluation::Evaluation;
 use super::pass::{Sample, evaluate};
+use super::score::{finite_mean, variance};
 use super::setup::Setup;
 use super::texts::Texts;
 use crate::Result;
@@ -32,8 +33,8 @@ pub struct Held {
 }
 
 impl Validation<'_> {
-    /// Every reward's mean and standard error over the prompts' images (`NAME`, `NAME_error`),
-    /// and the first images.
+    /// Every reward's mean, standard error and deviation over the prompts' images (`NAME`,
+    /// `NAME_error`, `NAME_deviation`), and the first images.
     ///
     /// # Errors
     /// The models', `Error::Cancelled`.
@@ -60,12 +61,12 @@ impl Validation<'_> {
         })?;
         let mut means = BTreeMap::new();
         for (name, scores) in scores {
-            let finite: Vec<f64> = scores.into_iter().filter(|s| s.is_finite()).collect();
-            let n = finite.len() as f64;
-            let mean = finite.iter().sum::<f64>() / n;
-            let variance = finite.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / (n - 1.0);
-            means.insert(format!("{name}_error"), (variance / n).sqrt());
-            means.insert(name, mean);
+            let finite = scores.iter().filter(|s| s.is_finite()).count() as f64;
+            means.extend(finite_mean(&scores).map(|mean| (name.clone(), mean)));
+            if let Some(variance) = variance(&scores) {
+                means.insert(format!("{name}_error"), (variance / finite).sqrt());
+                means.insert(format!("{name}_deviation"), variance.sqrt());
+            }
         }
         Ok((means, kept))
     }

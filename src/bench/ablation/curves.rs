@@ -3,34 +3,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde_json::{Map, Value};
-
 use super::plan::{Cell, Job, Plan};
 use crate::Result;
 use crate::bench::plot::{self, Axis, Curve, Panel, Point};
 use crate::bench::report::{csv_bytes, number};
 use crate::bench::stats::mean;
-use crate::train::metrics::read;
+use crate::bench::validations::{self, PREFIX, Validation};
 use crate::train::settings::Method;
 use crate::util::write_atomic;
-
-const VALIDATION: &str = "validation/";
-
-/// A validation of a run.
-#[derive(Clone, Debug, PartialEq)]
-struct Seen {
-    step: u64,
-    /// U-Net forwards, and seconds in networks and rewards, of the updates so far.
-    f: f64,
-    seconds: f64,
-    /// By metric, without `validation/`.
-    values: BTreeMap<String, f64>,
-}
 
 /// The validations of a cell's runs, by seed.
 struct Followed<'a> {
     cell: &'a Cell,
-    seeds: Vec<(u64, Vec<Seen>)>,
+    seeds: Vec<(u64, Vec<Validation>)>,
 }
 
 /// Writes what the runs have recorded; nothing where they have no validations.
@@ -46,7 +31,7 @@ pub fn write(plan: &Plan) -> Result<()> {
     }
     write_atomic(&plan.out.join("curves.csv"), &csv(&followed, &names)?)?;
     let Some(metric) = metric(plan, &names) else { return Ok(()) };
-    let title = format!("{}: {VALIDATION}{metric}, range of seeds", plan.method.name());
+    let title = format!("{}: {PREFIX}{metric}, range of seeds", plan.method.name());
     let panels = panels(&followed, &metric);
     plot::svg(&plan.out.join("curves.svg"), &title, &panels)?;
     plot::png(&plan.out.join("curves.png"), &title, &panels)
@@ -66,31 +51,10 @@ fn follow<'a>(plan: &Plan, cell: &'a Cell) -> Result<Followed<'a>> {
     for (training, updates) in longest {
         for &seed in &plan.seeds {
             let job = Job { cell, training, seed, updates };
-            seeds.push((seed, validations(&read(&plan.run_folder(&job)?)?)));
+            seeds.push((seed, validations::of_run(&plan.run_folder(&job)?)?));
         }
     }
     Ok(Followed { cell, seeds })
-}
-
-/// The records of a run that have a validation.
-fn validations(records: &[Map<String, Value>]) -> Vec<Seen> {
-    let (mut f, mut seconds) = (0.0, 0.0);
-    let mut all = Vec::new();
-    for record in records {
-        let numbers = |prefix: &'static str| {
-            record.iter().filter_map(move |(tag, value)| {
-                Some((tag.strip_prefix(prefix)?.to_owned(), value.as_f64()?))
-            })
-        };
-        f = record.get("cost/f").and_then(Value::as_f64).unwrap_or(f);
-        seconds += numbers("seconds/").map(|(_, value)| value).sum::<f64>();
-        let values: BTreeMap<String, f64> = numbers(VALIDATION).collect();
-        let step = record.get("step").and_then(Value::as_u64);
-        if let (false, Some(step)) = (values.is_empty(), step) {
-            all.push(Seen { step, f, seconds, values });
-        }
-    }
-    all
 }
 
 fn csv(followed: &[Followed], names: &BTreeSet<&String>) -> Result<Vec<u8>> {
@@ -116,7 +80,7 @@ fn csv(followed: &[Followed], names: &BTreeSet<&String>) -> Result<Vec<u8>> {
 
 /// The metric against updates, F and seconds: means over seeds with their range.
 fn panels(followed: &[Followed], metric: &str) -> Vec<Panel> {
-    type Along = fn(&Seen) -> f64;
+    type Along = fn(&Validation) -> f64;
     let axes: [(&str, Along); 3] = [
         ("updates", |seen| seen.step as f64),
         ("U-Net forwards (F)", |seen| seen.f),
@@ -134,7 +98,7 @@ fn panels(followed: &[Followed], metric: &str) -> Vec<Panel> {
 }
 
 /// At the steps that all seeds have, so that the curve is of the same runs from end to end.
-fn curve(followed: &Followed, metric: &str, along: fn(&Seen) -> f64) -> Curve {
+fn curve(followed: &Followed, metric: &str, along: fn(&Validation) -> f64) -> Curve {
     let mut at: BTreeMap<u64, Vec<(f64, f64)>> = BTreeMap::new();
     for seen in followed.seeds.iter().flat_map(|(_, seen)| seen) {
         let value = seen.values.get(metric).map(|value| (along(seen), *value));

@@ -11,7 +11,8 @@ use serde_json::{Map, Value, json};
 use crate::util::write_atomic;
 use crate::{Error, Result};
 
-const FILE: &str = "metrics.jsonl";
+/// Its name in a run's folder.
+pub const FILE: &str = "metrics.jsonl";
 /// Fields that every record has.
 const OWN: [&str; 2] = ["step", "time"];
 

@@ -13,7 +13,7 @@ use image::RgbImage;
 use crate::{Error, Result};
 use events::EventFile;
 use jsonl::Lines;
-pub use jsonl::read;
+pub use jsonl::{FILE, read};
 
 /// Writes a run's measurements. What a call has written survives the process; what lies before
 /// a [`Recorder::flush`] survives a loss of power.

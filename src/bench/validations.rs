@@ -1,0 +1,52 @@
+//! The validations of a training run, with what it had cost by then.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::Result;
+use crate::train::metrics::read;
+
+/// What the tags of validations begin with.
+pub const PREFIX: &str = "validation/";
+
+/// A validation of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Validation {
+    pub step: u64,
+    /// U-Net forwards, and seconds in networks and rewards, of the updates so far.
+    pub f: f64,
+    pub seconds: f64,
+    /// By metric, without [`PREFIX`].
+    pub values: BTreeMap<String, f64>,
+}
+
+/// The validations that the run in `dir` has recorded, by step; none where it has no records.
+///
+/// # Errors
+/// When the records cannot be read.
+pub fn of_run(dir: &Path) -> Result<Vec<Validation>> {
+    Ok(validations(&read(dir)?))
+}
+
+/// The records that have a validation.
+fn validations(records: &[Map<String, Value>]) -> Vec<Validation> {
+    let (mut f, mut seconds) = (0.0, 0.0);
+    let mut all = Vec::new();
+    for record in records {
+        let numbers = |prefix: &'static str| {
+            record.iter().filter_map(move |(tag, value)| {
+                Some((tag.strip_prefix(prefix)?.to_owned(), value.as_f64()?))
+            })
+        };
+        f = record.get("cost/f").and_then(Value::as_f64).unwrap_or(f);
+        seconds += numbers("seconds/").map(|(_, value)| value).sum::<f64>();
+        let values: BTreeMap<String, f64> = numbers(PREFIX).collect();
+        let step = record.get("step").and_then(Value::as_u64);
+        if let (false, Some(step)) = (values.is_empty(), step) {
+            all.push(Validation { step, f, seconds, values });
+        }
+    }
+    all
+}
