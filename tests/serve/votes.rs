@@ -220,7 +220,9 @@ fn a_pair_is_voted_on_once_however_many_ballots_are_out() {
         (0..40).map(|_| ballot(&server, "you").json()["token"].take()).collect();
     let answers: Vec<u16> = tokens.iter().map(|t| vote(&server, t, "tie").status).collect();
     assert_eq!(answers.iter().filter(|status| **status == 201).count(), 2, "{answers:?}");
-    assert_eq!(answers.last(), Some(&429));
+    // The others are of a pair that has its vote, or one too many; of which pair is by chance.
+    assert!(answers.contains(&429), "{answers:?}");
+    assert!(answers.iter().all(|status| [201, 409, 429].contains(status)), "{answers:?}");
 }
 
 #[test]
