@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::plot::{self, Axis, Curve, Panel, Point};
-use super::report::{csv_bytes, number};
+use super::report::csv_bytes;
 use super::validations::{self, PREFIX, Validation};
 use crate::train::metrics::FILE;
 use crate::util::write_atomic;
@@ -96,15 +96,10 @@ fn csv(runs: &[Run], rewards: &BTreeSet<String>) -> Result<Vec<u8>> {
         [reward.clone(), format!("{reward}_error"), format!("{reward}_deviation")]
     });
     let columns: Vec<String> = columns.collect();
-    let own = ["run", "step", "f", "seconds"].map(str::to_owned);
-    let header: Vec<String> = own.into_iter().chain(columns.iter().cloned()).collect();
-    let rows = runs.iter().flat_map(|run| {
-        run.validations.iter().map(|seen| {
-            let numbers = columns.iter().map(|name| number(seen.values.get(name).copied()));
-            let (step, f, seconds) =
-                (seen.step.to_string(), seen.f.to_string(), seen.seconds.to_string());
-            [run.name.clone(), step, f, seconds].into_iter().chain(numbers).collect()
-        })
-    });
+    let own = ["run"].into_iter().chain(validations::COLUMNS).map(str::to_owned);
+    let header: Vec<String> = own.chain(columns.iter().cloned()).collect();
+    let rows = runs
+        .iter()
+        .flat_map(|run| run.validations.iter().map(|seen| seen.row([run.name.clone()], &columns)));
     csv_bytes(&header, rows)
 }

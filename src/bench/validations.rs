@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::report::number;
 use crate::Result;
 use crate::train::metrics::read;
 
@@ -20,6 +21,22 @@ pub struct Validation {
     pub seconds: f64,
     /// By metric, without [`PREFIX`].
     pub values: BTreeMap<String, f64>,
+}
+
+/// Columns of tables of validations; those of metrics follow.
+pub const COLUMNS: [&str; 3] = ["step", "f", "seconds"];
+
+impl Validation {
+    /// A row of such a table: `first`, [`COLUMNS`], and the metrics of these names.
+    pub fn row<'a>(
+        &self,
+        first: impl IntoIterator<Item = String>,
+        names: impl IntoIterator<Item = &'a String>,
+    ) -> Vec<String> {
+        let own = [self.step.to_string(), self.f.to_string(), self.seconds.to_string()];
+        let numbers = names.into_iter().map(|name| number(self.values.get(name).copied()));
+        first.into_iter().chain(own).chain(numbers).collect()
+    }
 }
 
 /// The validations that the run in `dir` has recorded, by step; none where it has no records.

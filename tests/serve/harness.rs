@@ -1,8 +1,8 @@
 //! A server on a free port of this machine, and a client that shows every status.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -85,6 +85,18 @@ pub fn server_with(settings: Settings, fake: Fake) -> Server {
     let server = unready(settings, fake, move || Ok(backend));
     server.until("ready", |s| s.get("/readyz").status == 200);
     server
+}
+
+/// A server that loads until it is told to go on.
+pub fn loading() -> (Server, mpsc::Sender<()>) {
+    let fake = Arc::new(Fake::default());
+    let backend: Arc<dyn Backend> = fake.clone();
+    let (go, wait) = mpsc::channel();
+    let server = unready(settings(), fake, move || {
+        wait.recv().unwrap();
+        Ok(backend)
+    });
+    (server, go)
 }
 
 /// A server whose backend comes from `open`, which may take its time or fail.

@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use diffusion_sharpening::Error;
@@ -12,7 +11,7 @@ use diffusion_sharpening::serve::{self, Settings};
 use serde_json::json;
 
 use crate::fake::Fake;
-use crate::harness::{Server, server, server_with, settings, unready, until};
+use crate::harness::{Server, loading, server, server_with, settings, unready, until};
 
 fn running(server: &Server) -> f64 {
     server.metric("ds_generations_running")
@@ -125,13 +124,7 @@ fn a_body_that_never_arrives_is_given_up() {
 
 #[test]
 fn nothing_is_generated_before_the_backend_is_warm() {
-    let fake = Arc::new(Fake::default());
-    let backend: Arc<dyn Backend> = fake.clone();
-    let (go, wait) = mpsc::channel();
-    let server = unready(settings(), fake, move || {
-        wait.recv().unwrap();
-        Ok(backend)
-    });
+    let (server, go) = loading();
     assert_eq!(server.get("/livez").status, 200);
     assert_eq!(server.get("/").status, 200);
     for answer in

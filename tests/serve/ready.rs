@@ -1,13 +1,10 @@
 //! Whether the server takes work, and why not.
 
-use std::sync::{Arc, mpsc};
-
-use diffusion_sharpening::engine::Backend;
 use diffusion_sharpening::serve::Settings;
 use serde_json::{Value, json};
 
 use crate::fake::Fake;
-use crate::harness::{Server, server, server_with, settings, unready};
+use crate::harness::{Server, loading, server, server_with, settings};
 
 /// The checks that are not fulfilled; every one has a reason.
 #[track_caller]
@@ -31,13 +28,7 @@ fn unready_for(server: &Server, kind: &str, checks: &[&str]) {
 
 #[test]
 fn readiness_says_what_it_waits_for_from_start_to_end() {
-    let fake = Arc::new(Fake::default());
-    let backend: Arc<dyn Backend> = fake.clone();
-    let (go, wait) = mpsc::channel();
-    let server = unready(settings(), fake, move || {
-        wait.recv().unwrap();
-        Ok(backend)
-    });
+    let (server, go) = loading();
     unready_for(&server, "not-ready", &["model"]);
     assert_eq!(server.get("/startupz").problem(503).0, "not-ready");
     assert!(!server.get("/metrics").text().contains("ds_model_ready{"));

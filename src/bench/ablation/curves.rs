@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::plan::{Cell, Job, Plan};
 use crate::Result;
 use crate::bench::plot::{self, Axis, Curve, Panel, Point};
-use crate::bench::report::{csv_bytes, number};
+use crate::bench::report::csv_bytes;
 use crate::bench::stats::mean;
 use crate::bench::validations::{self, PREFIX, Validation};
 use crate::train::settings::Method;
@@ -58,20 +58,13 @@ fn follow<'a>(plan: &Plan, cell: &'a Cell) -> Result<Followed<'a>> {
 }
 
 fn csv(followed: &[Followed], names: &BTreeSet<&String>) -> Result<Vec<u8>> {
-    let own = ["cell", "seed", "step", "f", "seconds"].map(str::to_owned);
-    let header: Vec<String> = own.into_iter().chain(names.iter().map(|n| (*n).clone())).collect();
+    let own = ["cell", "seed"].into_iter().chain(validations::COLUMNS).map(str::to_owned);
+    let header: Vec<String> = own.chain(names.iter().map(|n| (*n).clone())).collect();
     let rows = followed.iter().flat_map(|followed| {
-        followed.seeds.iter().flat_map(|(seed, seen)| {
-            seen.iter().map(|seen| {
-                let numbers = names.iter().map(|name| number(seen.values.get(*name).copied()));
-                let own = [
-                    followed.cell.name.clone(),
-                    seed.to_string(),
-                    seen.step.to_string(),
-                    seen.f.to_string(),
-                    seen.seconds.to_string(),
-                ];
-                own.into_iter().chain(numbers).collect()
+        followed.seeds.iter().flat_map(move |(seed, seen)| {
+            seen.iter().map(move |seen| {
+                let first = [followed.cell.name.clone(), seed.to_string()];
+                seen.row(first, names.iter().copied())
             })
         })
     });

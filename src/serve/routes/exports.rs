@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::Read;
 
 use actix_web::body::SizedStream;
-use actix_web::http::header;
 use actix_web::web::Bytes;
 use actix_web::{HttpRequest, HttpResponse, web};
 use futures_util::Stream;
@@ -14,7 +13,7 @@ use serde_json::{Map, Value, json};
 use super::comparisons::{describe, find};
 use super::generations::id_of;
 use super::openapi::Refusals;
-use super::{Data, apart, caller};
+use super::{Data, apart, archive, caller};
 use crate::serve::auth::Caller;
 use crate::serve::compare::{Arm, CompareRequest, name_of};
 use crate::serve::export::{self, Export};
@@ -84,14 +83,7 @@ async fn respond(
         Ok((name, file, length))
     };
     let (name, file, length) = apart(&shared, spool).await??;
-    Ok(HttpResponse::Ok()
-        .insert_header((header::CONTENT_TYPE, "application/x-tar"))
-        .insert_header((header::CACHE_CONTROL, "no-store"))
-        .insert_header((
-            header::CONTENT_DISPOSITION,
-            format!("attachment; filename=\"{name}.tar\""),
-        ))
-        .body(SizedStream::new(length, pieces(file))))
+    Ok(archive(&name).body(SizedStream::new(length, pieces(file))))
 }
 
 /// A generation as a comparison of one arm.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use utoipa::{IntoParams, ToSchema};
 
 use super::openapi::Refusals;
-use super::{Data, apart, caller};
+use super::{Data, apart, archive, caller};
 use crate::diffusion::cost::Units;
 use crate::engine::request::{GenerateRequest, Resolved};
 use crate::serve::auth::Caller;
@@ -282,11 +282,7 @@ pub async fn bundle(shared: Data, request: HttpRequest) -> Result<HttpResponse, 
         export::bundle(s, record)
     })
     .await??;
-    Ok(HttpResponse::Ok()
-        .insert_header((header::CONTENT_TYPE, "application/x-tar"))
-        .insert_header((header::CACHE_CONTROL, "no-store"))
-        .insert_header((header::CONTENT_DISPOSITION, format!("attachment; filename=\"{id}.tar\"")))
-        .body(bytes))
+    Ok(archive(&id).body(bytes))
 }
 
 /// Query of `GET /generations`.

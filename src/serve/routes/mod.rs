@@ -18,7 +18,8 @@ use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::http::{Method, header};
 use actix_web::middleware::Next;
 use actix_web::{
-    Handler, HttpMessage, HttpRequest, HttpResponse, Resource, Responder, Route, guard, web,
+    Handler, HttpMessage, HttpRequest, HttpResponse, HttpResponseBuilder, Resource, Responder,
+    Route, guard, web,
 };
 
 use super::assets;
@@ -135,6 +136,17 @@ async fn apart<T: Send + 'static>(
 ) -> Result<T, Problem> {
     let shared = shared.clone();
     web::block(move || call(&shared)).await.map_err(Problem::internal)
+}
+
+/// The head of an answer with a tar archive, to be saved as `NAME.tar`.
+fn archive(name: &str) -> HttpResponseBuilder {
+    let disposition = format!("attachment; filename=\"{name}.tar\"");
+    let mut answer = HttpResponse::Ok();
+    answer
+        .insert_header((header::CONTENT_TYPE, "application/x-tar"))
+        .insert_header((header::CACHE_CONTROL, "no-store"))
+        .insert_header((header::CONTENT_DISPOSITION, disposition));
+    answer
 }
 
 /// Who sent a request, as [`admit`] found.
